@@ -1,0 +1,155 @@
+"""The configuration of a training run: one tree of pydantic models.
+
+The leaf names are the field's own and unique in the whole tree, so a leaf is also a flag (``--ctx_len 512``), a TOML key
+under its section, a field of the console's form and a row of the reference page. ``None`` means "not given": the value
+is found when the run is resolved, from the checkpoint, the data or a rule, and `rookery train --explain` says which.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+VERSIONS = ("x052", "x060", "x070")
+Version = Literal["x052", "x060", "x070"]
+
+
+class Section(BaseModel):
+    """One table of the TOML file."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+
+
+class ModelSection(Section):
+    """Architecture. With `load_model`, everything is read from the file."""
+
+    load_model: str = Field("", description="Checkpoint to start from (.pth, .safetensors or a run directory)")
+    version: Version | None = Field(None, description="Architecture: x052 (RWKV-5), x060 (RWKV-6) or x070 (RWKV-7)")
+    n_layer: int | None = Field(None, ge=1, description="Number of blocks")
+    n_embd: int | None = Field(None, ge=32, multiple_of=32, description="Width of the residual stream")
+    dim_att: int | None = Field(None, ge=32, multiple_of=32, description="Width of time mixing; n_embd when not given")
+    dim_ffn: int | None = Field(
+        None, ge=32, multiple_of=32, description="Width of channel mixing (x052, x060); x070 always uses 4 n_embd"
+    )
+    head_size: int = Field(64, ge=8, multiple_of=8, description="Channels of one time-mixing head")
+    vocab_size: int | None = Field(None, ge=0, description="Number of token ids; 0 builds a character vocabulary")
+    decay_low_rank_dim: int | None = Field(None, ge=1, description="Rank of the decay low-rank layer (x070: w1, w2)")
+    a_low_rank_dim: int | None = Field(None, ge=1, description="Rank of the in-context learning rate layer (a1, a2)")
+    v_low_rank_dim: int | None = Field(None, ge=1, description="Rank of the value residual layer (v1, v2)")
+    gate_low_rank_dim: int | None = Field(None, ge=1, description="Rank of the gate layer (g1, g2)")
+    rank_rule: Literal["current", "g1"] = Field(
+        "current", description="Rule for ranks not given: RWKV-LM's current formulas, or those of the released G1 models"
+    )
+
+
+class DataSection(Section):
+    """What the model reads."""
+
+    data_file: str = Field("", description="Training data: binidx prefix, .jsonl, .txt, .npy or a folder of .txt files")
+    data_type: Literal["auto", "binidx", "jsonl", "utf-8", "utf-16le", "numpy", "uint16", "dummy"] = Field(
+        "auto", description="Format of data_file; auto detects it"
+    )
+    tokenizer: str = Field("", description="world, char or a vocabulary file; found from the data when not given")
+    ctx_len: int = Field(1024, ge=1, description="Tokens of one sample")
+    my_exit_tokens: int | None = Field(None, description="Tokens to train on; all of the data, once, when not given")
+    magic_prime: int | None = Field(None, ge=0, description="Prime of the sampler; computed when not given")
+    loss_mask: Literal["none", "pad", "qa", "se"] = Field(
+        "none", description="Which targets count: none = all, qa = what the assistant says, se = between mask_id marks"
+    )
+    mask_id: dict[str, str] | None = Field(None, description="Marks of loss_mask se: mask0 ends, mask1 begins a trained span")
+    val_file: str = Field("", description="Data for the validation loss, in any format of data_file")
+    val_every: int = Field(0, ge=0, description="Optimiser steps between validations; 0 = at the end of a mini-epoch")
+    num_workers: int = Field(0, ge=0, description="Processes that read data; 0 reads in the training process")
+
+
+class OptimSection(Section):
+    """Optimiser and learning rate."""
+
+    lr_init: float | None = Field(None, ge=0, description="First learning rate; 0.45/n_embd, rounded, when not given")
+    lr_final: float | None = Field(None, ge=0, description="Last learning rate; 0.04/n_embd, rounded, when not given")
+    warmup_steps: int = Field(-1, ge=-1, description="Warm-up in optimiser steps; -1 = 10 when a run is continued, else 10")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
+    beta2: float = Field(0.99, ge=0, lt=1, description="AdamW beta 2")
+    adam_eps: float | None = Field(None, gt=0, description="AdamW epsilon; 1e-18 (1e-8 for x052) when not given")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of emb, head and the large matrices")
+    weight_decay_final: float = Field(-1.0, description="Weight decay at the end, approached exponentially; -1 = constant")
+    grad_clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 = no clipping")
+    layerwise_lr: int = Field(1, ge=0, le=1, description="1 = decay parameters learn faster, as the reference's groups do")
+
+
+class RunSection(Section):
+    """Length, files and numerics of the run."""
+
+    proj_dir: str = Field("out", description="Run directory")
+    train_stage: Literal[0, 1, 2, 3, 4] = Field(
+        3, description="1 = write rwkv-init.pth and exit; 2, 3 = train, going on from the newest rwkv-N.pth"
+    )
+    micro_bsz: int = Field(12, ge=1, description="Sequences of one forward pass on one device")
+    accumulate_grad_batches: int = Field(1, ge=1, description="Forward passes for one optimiser step")
+    epoch_steps: int | None = Field(None, ge=1, description="Optimiser steps of a mini-epoch; 40320 samples when not given")
+    epoch_count: int | None = Field(None, ge=0, description="Mini-epochs; from my_exit_tokens when not given")
+    epoch_begin: int = Field(0, ge=0, description="Number of the first mini-epoch")
+    epoch_save: int = Field(1, ge=0, description="Mini-epochs between rwkv-N.pth files; 0 = only the last")
+    save_every: int | None = Field(None, ge=0, description="Optimiser steps between full checkpoints; by time when not given")
+    random_seed: int = Field(-1, description="Seed of everything random; -1 = 0, so that a run can be repeated")
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] | None = Field(
+        None, description="fp32, tf32, fp16 or bf16; bf16 on a GPU that has it and fp32 on a CPU when not given"
+    )
+    grad_cp: int = Field(0, ge=0, le=1, description="1 = recompute activations of each block to save memory")
+    head_chunk: int = Field(0, ge=0, description="Tokens whose logits exist at one time in the loss; 0 = chosen")
+    kernel: str = Field("auto", description="Back-end of the recurrence: auto, reference, chunked, native or triton")
+
+
+class DeviceSection(Section):
+    """Where it runs."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = Field("auto", description="auto = the GPU if there is one")
+    devices: int = Field(1, ge=1, description="Devices of one machine")
+    num_nodes: int = Field(1, ge=1, description="Machines")
+    strategy: str = Field("auto", description="How several devices share the work")
+
+
+class LogSection(Section):
+    """What is reported, and where."""
+
+    wandb: str = Field("", description="Weights & Biases project; empty = off")
+    run_name: str = Field("", description="Name of the run in Weights & Biases; made from the model when not given")
+    tensorboard: bool = Field(False, description="Also write TensorBoard files into the run directory")
+    log_every: int = Field(1, ge=1, description="Optimiser steps between lines of metrics.jsonl")
+
+
+class TrainConfig(Section):
+    """Everything that decides a training run.
+
+    Leaves may be given in their section (``TrainConfig(data={"ctx_len": 512})``) or flat (``TrainConfig(ctx_len=512)``).
+    """
+
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    run: RunSection = Field(default_factory=RunSection)
+    device: DeviceSection = Field(default_factory=DeviceSection)
+    log: LogSection = Field(default_factory=LogSection)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_flat_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        tree: dict[str, Any] = {}
+        for key, value in values.items():
+            section = SECTION_OF.get(key)
+            if section is None:
+                tree[key] = value
+            else:
+                tree.setdefault(section, {})[key] = value
+        return tree
+
+
+SECTION_OF: dict[str, str] = {
+    leaf: name
+    for name, field in TrainConfig.model_fields.items()
+    for leaf in field.annotation.model_fields  # type: ignore[union-attr]
+}
+"""Leaf name -> name of its section."""
