@@ -1,0 +1,84 @@
+"""The recurrence of RWKV-7 on a CPU, compiled by Numba: no compiler is needed on the user's machine.
+
+The state of a head is kept transposed, [key, value], so that the inner loops run over contiguous values. The forward
+pass keeps u_t = S_{t-1} a_t of every token and the state at the start of every `CHUNK` tokens; the backward pass
+replays a chunk's states from there, which is exact whatever the decay (dividing the decay out, as the published CUDA
+kernels do, is not).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rookery.ops.backend import Call
+
+CHUNK = 16
+LOG_DECAY_SCALE = -math.exp(-0.5)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def refuses(call: Call) -> str | None:
+    """Why this back-end cannot serve `call`, or None."""
+    if call.device != "cpu":
+        return f"runs on a CPU, not on {call.device}"
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed (pip install numba)"
+    if call.dtype not in DTYPES:
+        return f"dtype {call.dtype} is not a floating-point type it knows"
+    if call.head_size % 4:
+        return f"head size {call.head_size} is not a multiple of 4"
+    return None
+
+
+def wkv7_native(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes as in `rookery.ops.wkv7`."""
+    out_dtype = r.dtype
+    dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    r, w, k, v, a, b = (x.to(dtype).contiguous() for x in (r, w, k, v, a, b))
+    B, _, H, N = r.shape
+    state = r.new_zeros(B, H, N, N) if state is None else state.to(dtype)
+    y, final = _WKV7.apply(r, w, k, v, a, b, state)
+    return y.to(out_dtype), final
+
+
+class _WKV7(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Any:
+        B, T, H, N = r.shape
+        sigmoid = torch.sigmoid(w)
+        decay = torch.exp(LOG_DECAY_SCALE * sigmoid)
+        y, u = torch.empty_like(r), torch.empty_like(r)
+        S = state.mT.contiguous().clone()
+        keep = any(ctx.needs_input_grad)
+        starts = r.new_empty(B, H, -(-T // CHUNK) if keep else 0, N, N)
+        kernels(N).forward(*(x.detach().numpy() for x in (r, decay, k, v, a, b, S, y, u, starts)))
+        if keep:
+            ctx.save_for_backward(r, decay, sigmoid, k, v, a, b, u, starts)
+        return y, S.mT.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> Any:
+        r, decay, sigmoid, k, v, a, b, u, starts = ctx.saved_tensors
+        G = dfinal.mT.contiguous().clone()
+        grads = [torch.empty_like(r) for _ in range(6)]
+        arrays = (r, decay, k, v, a, b, u, starts, dy.contiguous(), G, *grads)
+        kernels(r.shape[-1]).backward(*(x.detach().numpy() for x in arrays))
+        dr, dd, dk, dv, da, db = grads
+        dw = dd.mul_(decay).mul_(sigmoid).mul_(1 - sigmoid).mul_(LOG_DECAY_SCALE)
+        return dr, dw, dk, dv, da, db, G.mT
+
+
+@cache
+def kernels(head_size: int) -> Any:
+    """The compiled loops for one head size (a constant lets the compiler unroll them)."""
+    from rookery.ops import wkv7_numba
+
+    return wkv7_numba.build(head_size)
