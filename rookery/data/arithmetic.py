@@ -20,7 +20,6 @@ from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import accumulate, islice
@@ -415,17 +414,16 @@ def _chunks(level: Level, seed: int, sizes: Iterable[int], workers: int) -> Iter
             yield _chunk(level, seed, chunk, size)
         return
     waiting: deque[Future[str]] = deque()
-    with (
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupt) as pool,
-        ExitStack() as stack,
-    ):
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _ignore_interrupt)
+    try:
         for chunk, size in enumerate(sizes):
             waiting.append(pool.submit(_chunk, level, seed, chunk, size))
             if len(waiting) > 4 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write(

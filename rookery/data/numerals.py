@@ -2,8 +2,8 @@
 
 Every function takes the number as plain half-width text (``"-120.05"``) and returns its spelling. Integer parts have up
 to 15 digits. Chinese numerals follow the place-value reading: one 零 for a gap inside a number (一千零一, 一万零一百),
-none at the end, 十 and not 一十 at the front (十二, 十万, but 一百一十). The zero is 零 and never 〇, which is for reading
-digits one by one, as in years. Decimals are read digit by digit after 点.
+none at the end, 十 and not 一十 at the front (十二, 十万, but 一百一十). The zero is 零 and never 〇, which is for
+reading digits one by one, as in years. Decimals are read digit by digit after 点.
 """
 
 from __future__ import annotations
