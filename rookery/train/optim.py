@@ -1,0 +1,108 @@
+"""Parameter groups by name, and the optimiser over them.
+
+Source: `configure_optimizers` of RWKV-LM: RWKV-v7/train_temp for x070, RWKV-v5 for x052 and x060.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rookery.train.schedule import Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that share a learning rate scale and decide together whether they decay."""
+
+    lr_scale: float
+    decays: bool
+    names: list[str]
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, Tensor]],
+    version: str,
+    *,
+    weight_decay: bool,
+    layerwise_lr: bool = True,
+    second_stage: bool = False,
+) -> list[Group]:
+    """The reference's groups, names sorted within each; a group may be empty.
+
+    Args:
+        parameters: names and tensors of what is trained.
+        version: "x052", "x060" or "x070".
+        weight_decay: whether anything decays; then the last group holds emb, head and the large matrices.
+        layerwise_lr: whether decay parameters learn faster than the rest.
+        second_stage: `train_stage 2`, where x052 and x060 raise all time-mixing parameters to scale 5.
+    """
+    kind = _x070_kind if version == "x070" else _x052_x060_kind
+    fast, fastest = ("3x", "2x") if second_stage and version != "x070" else ("2x", "1x")
+    members: dict[str, list[str]] = {"1x": [], "2x": [], "3x": [], "decay": []}
+    for name, tensor in sorted(parameters, key=lambda item: item[0]):
+        group = kind(name) if layerwise_lr else None
+        if group is None:
+            matrix = tensor.squeeze().dim() >= 2 and ".weight" in name
+            group = "decay" if weight_decay and matrix else "1x"
+        members[{"mix": fastest, "decay rate": fast}.get(group, group)].append(name)
+
+    groups = [Group(1.0, False, members["1x"])]
+    if layerwise_lr:
+        raised = second_stage and version != "x070"
+        groups.append(Group(5.0 if raised else 2.0, False, members["2x"]))
+        if version != "x070":
+            groups.append(Group(5.0 if raised else 3.0, False, members["3x"]))
+    if weight_decay:
+        groups.append(Group(1.0, True, members["decay"]))
+    return groups
+
+
+def _x070_kind(name: str) -> str | None:
+    return "decay rate" if "att.w0" in name else None
+
+
+def _x052_x060_kind(name: str) -> str | None:
+    if "_w1" in name or "_w2" in name:
+        return "1x"
+    if "time_mix" in name or "time_maa" in name or "time_faaaa" in name:
+        return "mix"
+    if "time_decay" in name or "time_daaaa" in name:
+        return "decay rate"
+    return "3x" if "time_first" in name else None
+
+
+def build_optimizer(
+    tensors: Mapping[str, Tensor], groups: Iterable[Group], *, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    """AdamW over `tensors` (fp32 or fp64) with PyTorch's fused kernel, which CPU and CUDA both have.
+
+    Every group keeps its `lr_scale`, `decays` and `names` beside PyTorch's keys.
+    """
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [tensors[name] for name in group.names],
+                "names": group.names,
+                "lr_scale": group.lr_scale,
+                "decays": group.decays,
+            }
+            for group in groups
+            if group.names
+        ],
+        lr=0.0,
+        betas=betas,
+        eps=eps,
+        weight_decay=0.0,
+        fused=True,
+    )
+
+
+def apply_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
+    """Sets each group's learning rate and weight decay for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates.lr * group["lr_scale"]
+        group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
