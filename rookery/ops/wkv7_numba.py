@@ -1,4 +1,8 @@
-"""Loops of `wkv7_native`, compiled by Numba. Rows are unrolled by four: one pass over a vector serves four keys."""
+"""Loops of `wkv7_native`, compiled by Numba.
+
+Each loop writes one array beside the row it updates: with more, LLVM cannot prove that they do not overlap, gives up
+vector registers, and the loop takes five times as long.
+"""
 
 from __future__ import annotations
 
@@ -15,59 +19,66 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 def build(N: int) -> SimpleNamespace:
     """Kernels for head size `N`. All arrays are C-contiguous; states are (B, H, N, N), [key, value]."""
 
-    @njit(fastmath=FAST, cache=True, inline="never")
-    def removed(S, a, u):
-        """u = S^T a."""
+    @njit(fastmath=FAST, cache=True)
+    def weighted_rows(S, a, out):
+        """out = S^T a."""
         for j in range(N):
-            u[j] = 0
+            out[j] = 0
         for i in range(0, N, 4):
             a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
             for j in range(N):
-                u[j] += a0 * S[i, j] + a1 * S[i + 1, j] + a2 * S[i + 2, j] + a3 * S[i + 3, j]
+                out[j] += a0 * S[i, j] + a1 * S[i + 1, j] + a2 * S[i + 2, j] + a3 * S[i + 3, j]
 
-    @njit(fastmath=FAST, cache=True, inline="never")
+    @njit(fastmath=FAST, cache=True)
     def step(S, r, d, k, v, b, u, y):
         """Advance the state by one token in place and read it: y = S^T r."""
         for j in range(N):
             y[j] = 0
-        for i in range(0, N, 4):
+        for i in range(N):
+            di, bi, ki, ri = d[i], b[i], k[i], r[i]
             for j in range(N):
-                s0 = S[i, j] * d[i] + u[j] * b[i] + v[j] * k[i]
-                s1 = S[i + 1, j] * d[i + 1] + u[j] * b[i + 1] + v[j] * k[i + 1]
-                s2 = S[i + 2, j] * d[i + 2] + u[j] * b[i + 2] + v[j] * k[i + 2]
-                s3 = S[i + 3, j] * d[i + 3] + u[j] * b[i + 3] + v[j] * k[i + 3]
-                S[i, j], S[i + 1, j], S[i + 2, j], S[i + 3, j] = s0, s1, s2, s3
-                y[j] += s0 * r[i] + s1 * r[i + 1] + s2 * r[i + 2] + s3 * r[i + 3]
+                s = S[i, j] * di + u[j] * bi + v[j] * ki
+                S[i, j] = s
+                y[j] += s * ri
 
-    @njit(fastmath=FAST, cache=True, inline="never")
+    @njit(fastmath=FAST, cache=True)
     def replay(S, d, k, v, b, u, out):
         """Like `step`, into another state and without reading it."""
         for i in range(N):
+            di, bi, ki = d[i], b[i], k[i]
             for j in range(N):
-                out[i, j] = S[i, j] * d[i] + u[j] * b[i] + v[j] * k[i]
+                out[i, j] = S[i, j] * di + u[j] * bi + v[j] * ki
 
-    @njit(fastmath=FAST, cache=True, inline="never")
-    def step_back(before, after, G, r, d, k, v, a, b, u, dy, du, dr, dd, dk, dv, da, db):
-        """Gradients of one token; G is the gradient of the state after it, then before it."""
-        for j in range(N):
-            du[j] = 0
-            dv[j] = 0
+    @njit(fastmath=FAST, cache=True)
+    def add_outer(G, r, dy):
+        """G += r dy^T."""
         for i in range(N):
-            ri, bi, ki = r[i], b[i], k[i]
-            sum_r = sum_k = sum_b = sum_d = r[0] * 0
+            ri = r[i]
             for j in range(N):
-                g = G[i, j] + ri * dy[j]
-                G[i, j] = g
+                G[i, j] += ri * dy[j]
+
+    @njit(fastmath=FAST, cache=True)
+    def key_gradients(before, after, G, v, u, dy, dr, dk, db, dd):
+        """Sums over values: what reaches r, k, b and the decay."""
+        for i in range(N):
+            sum_r = sum_k = sum_b = sum_d = dy.dtype.type(0)
+            for j in range(N):
+                g = G[i, j]
                 sum_r += after[i, j] * dy[j]
                 sum_k += g * v[j]
                 sum_b += g * u[j]
                 sum_d += g * before[i, j]
-                du[j] += g * bi
-                dv[j] += g * ki
-            dr[i], dk[i], db[i], dd[i] = sum_r, sum_k, sum_b, sum_d
+            dr[i] = sum_r
+            dk[i] = sum_k
+            db[i] = sum_b
+            dd[i] = sum_d
+
+    @njit(fastmath=FAST, cache=True)
+    def step_back(before, G, d, a, du, da):
+        """Gradient of a, and G from after the token to before it."""
         for i in range(N):
             di, ai = d[i], a[i]
-            sum_a = r[0] * 0
+            sum_a = du.dtype.type(0)
             for j in range(N):
                 sum_a += before[i, j] * du[j]
                 G[i, j] = G[i, j] * di + ai * du[j]
@@ -82,7 +93,7 @@ def build(N: int) -> SimpleNamespace:
             for t in range(T):
                 if keep and t % CHUNK == 0:
                     starts[i, h, t // CHUNK] = S[i, h]
-                removed(S[i, h], a[i, t, h], u[i, t, h])
+                weighted_rows(S[i, h], a[i, t, h], u[i, t, h])
                 step(S[i, h], r[i, t, h], d[i, t, h], k[i, t, h], v[i, t, h], b[i, t, h], u[i, t, h], y[i, t, h])
 
     @njit(fastmath=FAST, cache=True, parallel=True)
@@ -100,10 +111,13 @@ def build(N: int) -> SimpleNamespace:
                     replay(states[n], d[i, t, h], k[i, t, h], v[i, t, h], b[i, t, h], u[i, t, h], states[n + 1])
                 for t in range(last - 1, first - 1, -1):
                     n = t - first
-                    step_back(
-                        states[n], states[n + 1], G[i, h],
-                        r[i, t, h], d[i, t, h], k[i, t, h], v[i, t, h], a[i, t, h], b[i, t, h], u[i, t, h], dy[i, t, h],
-                        du, dr[i, t, h], dd[i, t, h], dk[i, t, h], dv[i, t, h], da[i, t, h], db[i, t, h],
+                    add_outer(G[i, h], r[i, t, h], dy[i, t, h])
+                    weighted_rows(G[i, h], k[i, t, h], dv[i, t, h])
+                    weighted_rows(G[i, h], b[i, t, h], du)
+                    key_gradients(
+                        states[n], states[n + 1], G[i, h], v[i, t, h], u[i, t, h], dy[i, t, h],
+                        dr[i, t, h], dk[i, t, h], db[i, t, h], dd[i, t, h],
                     )  # fmt: skip
+                    step_back(states[n], G[i, h], d[i, t, h], a[i, t, h], du, da[i, t, h])
 
     return SimpleNamespace(forward=forward, backward=backward)
