@@ -1,7 +1,7 @@
 """Messages in English and Chinese.
 
-The English sentence is the key: ``_("{path} is empty", path=p)``. The JSON files in ``locale/zh`` (one for each package)
-map it to Chinese; a test proves that every sentence passed to ``_`` has its translation.
+The English sentence is the key: ``_("{path} is empty", path=p)``. The JSON files in ``locale/zh`` (one for each
+package) map it to Chinese; a test proves that every sentence passed to ``_`` has its translation.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ def catalogue() -> dict[str, str]:
     for file in resources.files("rookery").joinpath("locale", "zh").iterdir():
         sentences |= json.loads(file.read_text(encoding="utf-8"))
     return sentences
+
+
+def N_(sentence: str) -> str:
+    """Mark a sentence in a table that is translated later, where it is shown, by ``_(entry)``."""
+    return sentence
 
 
 def _(sentence: str, **values: object) -> str:

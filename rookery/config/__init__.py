@@ -1,5 +1,21 @@
 """Typed configuration: one tree that makes flags, TOML, forms and documentation. Never imports torch."""
 
+from rookery.config.origin import Origin, Origins, origins_of
+from rookery.config.parse import Parsed, parse
+from rookery.config.resolve import Resolved, resolve
 from rookery.config.tree import TrainConfig
+from rookery.config.write import Difference, differences, to_toml
 
-__all__ = ["TrainConfig"]
+__all__ = [
+    "Difference",
+    "Origin",
+    "Origins",
+    "Parsed",
+    "Resolved",
+    "TrainConfig",
+    "differences",
+    "origins_of",
+    "parse",
+    "resolve",
+    "to_toml",
+]

@@ -1,18 +1,31 @@
 """The configuration of a training run: one tree of pydantic models.
 
-The leaf names are the field's own and unique in the whole tree, so a leaf is also a flag (``--ctx_len 512``), a TOML key
-under its section, a field of the console's form and a row of the reference page. ``None`` means "not given": the value
-is found when the run is resolved, from the checkpoint, the data or a rule, and `rookery train --explain` says which.
+The leaf names are the field's own and unique in the whole tree, so a leaf is also a flag (``--ctx_len 512``), a TOML
+key under its section, a field of the console's form and a row of the reference page. ``None`` means "not given": the
+value is found when the run is resolved, from the checkpoint, the data or a rule; `rookery train --explain` says which.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 VERSIONS = ("x052", "x060", "x070")
 Version = Literal["x052", "x060", "x070"]
+Strategy = Literal[
+    "auto",
+    "single",
+    "ddp",
+    "fsdp",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3",
+    "deepspeed_stage_3_offload",
+]
 
 
 class Section(BaseModel):
@@ -39,7 +52,8 @@ class ModelSection(Section):
     v_low_rank_dim: int | None = Field(None, ge=1, description="Rank of the value residual layer (v1, v2)")
     gate_low_rank_dim: int | None = Field(None, ge=1, description="Rank of the gate layer (g1, g2)")
     rank_rule: Literal["current", "g1"] = Field(
-        "current", description="Rule for ranks not given: RWKV-LM's current formulas, or those of the released G1 models"
+        "current",
+        description="Rule for ranks not given: RWKV-LM's current formulas, or those of the released G1 models",
     )
 
 
@@ -57,7 +71,9 @@ class DataSection(Section):
     loss_mask: Literal["none", "pad", "qa", "se"] = Field(
         "none", description="Which targets count: none = all, qa = what the assistant says, se = between mask_id marks"
     )
-    mask_id: dict[str, str] | None = Field(None, description="Marks of loss_mask se: mask0 ends, mask1 begins a trained span")
+    mask_id: dict[str, str] | None = Field(
+        None, description="Marks of loss_mask se: mask0 ends, mask1 begins a trained span"
+    )
     val_file: str = Field("", description="Data for the validation loss, in any format of data_file")
     val_every: int = Field(0, ge=0, description="Optimiser steps between validations; 0 = at the end of a mini-epoch")
     num_workers: int = Field(0, ge=0, description="Processes that read data; 0 reads in the training process")
@@ -68,14 +84,18 @@ class OptimSection(Section):
 
     lr_init: float | None = Field(None, ge=0, description="First learning rate; 0.45/n_embd, rounded, when not given")
     lr_final: float | None = Field(None, ge=0, description="Last learning rate; 0.04/n_embd, rounded, when not given")
-    warmup_steps: int = Field(-1, ge=-1, description="Warm-up in optimiser steps; -1 = 10 when a run is continued, else 10")
+    warmup_steps: int = Field(-1, ge=-1, description="Warm-up in optimiser steps; -1 = 10, as the published scripts")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW beta 2")
     adam_eps: float | None = Field(None, gt=0, description="AdamW epsilon; 1e-18 (1e-8 for x052) when not given")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of emb, head and the large matrices")
-    weight_decay_final: float = Field(-1.0, description="Weight decay at the end, approached exponentially; -1 = constant")
+    weight_decay_final: float = Field(
+        -1.0, description="Weight decay at the end, approached exponentially; -1 = constant"
+    )
     grad_clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 = no clipping")
-    layerwise_lr: int = Field(1, ge=0, le=1, description="1 = decay parameters learn faster, as the reference's groups do")
+    layerwise_lr: int = Field(
+        1, ge=0, le=1, description="1 = decay parameters learn faster, as the reference's groups do"
+    )
 
 
 class RunSection(Section):
@@ -87,18 +107,24 @@ class RunSection(Section):
     )
     micro_bsz: int = Field(12, ge=1, description="Sequences of one forward pass on one device")
     accumulate_grad_batches: int = Field(1, ge=1, description="Forward passes for one optimiser step")
-    epoch_steps: int | None = Field(None, ge=1, description="Optimiser steps of a mini-epoch; 40320 samples when not given")
+    epoch_steps: int | None = Field(
+        None, ge=1, description="Optimiser steps of a mini-epoch; 40320 samples when not given"
+    )
     epoch_count: int | None = Field(None, ge=0, description="Mini-epochs; from my_exit_tokens when not given")
     epoch_begin: int = Field(0, ge=0, description="Number of the first mini-epoch")
     epoch_save: int = Field(1, ge=0, description="Mini-epochs between rwkv-N.pth files; 0 = only the last")
-    save_every: int | None = Field(None, ge=0, description="Optimiser steps between full checkpoints; by time when not given")
+    save_every: int | None = Field(
+        None, ge=0, description="Optimiser steps between full checkpoints; by time when not given"
+    )
     random_seed: int = Field(-1, description="Seed of everything random; -1 = 0, so that a run can be repeated")
     precision: Literal["fp32", "tf32", "fp16", "bf16"] | None = Field(
         None, description="fp32, tf32, fp16 or bf16; bf16 on a GPU that has it and fp32 on a CPU when not given"
     )
     grad_cp: int = Field(0, ge=0, le=1, description="1 = recompute activations of each block to save memory")
     head_chunk: int = Field(0, ge=0, description="Tokens whose logits exist at one time in the loss; 0 = chosen")
-    kernel: str = Field("auto", description="Back-end of the recurrence: auto, reference, chunked, native or triton")
+    kernel: Literal["auto", "reference", "chunked", "native", "triton"] = Field(
+        "auto", description="Back-end of the recurrence; auto takes the fastest that serves the call"
+    )
 
 
 class DeviceSection(Section):
@@ -107,7 +133,7 @@ class DeviceSection(Section):
     accelerator: Literal["auto", "cpu", "gpu", "cuda"] = Field("auto", description="auto = the GPU if there is one")
     devices: int = Field(1, ge=1, description="Devices of one machine")
     num_nodes: int = Field(1, ge=1, description="Machines")
-    strategy: str = Field("auto", description="How several devices share the work")
+    strategy: Strategy = Field("auto", description="How several devices share the work; one device needs none")
 
 
 class LogSection(Section):
@@ -122,7 +148,8 @@ class LogSection(Section):
 class TrainConfig(Section):
     """Everything that decides a training run.
 
-    Leaves may be given in their section (``TrainConfig(data={"ctx_len": 512})``) or flat (``TrainConfig(ctx_len=512)``).
+    Leaves may be given in their section (``TrainConfig(data={"ctx_len": 512})``) or flat
+    (``TrainConfig(ctx_len=512)``).
     """
 
     model: ModelSection = Field(default_factory=ModelSection)
@@ -135,15 +162,15 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _accept_flat_keys(cls, values: Any) -> Any:
+        """Move flat leaves into their sections, on a copy; a flat leaf overrides the same leaf of a given section."""
         if not isinstance(values, dict):
             return values
-        tree: dict[str, Any] = {}
-        for key, value in values.items():
-            section = SECTION_OF.get(key)
-            if section is None:
-                tree[key] = value
-            else:
-                tree.setdefault(section, {})[key] = value
+        tree = {key: value for key, value in values.items() if key not in SECTION_OF}
+        for leaf, value in values.items():
+            if leaf in SECTION_OF:
+                section = tree.get(SECTION_OF[leaf], {})
+                given = section.model_dump(exclude_unset=True) if isinstance(section, Section) else section
+                tree[SECTION_OF[leaf]] = {**given, leaf: value}
         return tree
 
 
@@ -153,3 +180,41 @@ SECTION_OF: dict[str, str] = {
     for leaf in field.annotation.model_fields  # type: ignore[union-attr]
 }
 """Leaf name -> name of its section."""
+
+
+def section_model(name: str) -> type[Section]:
+    """The class of section `name`."""
+    return TrainConfig.model_fields[name].annotation  # type: ignore[return-value]
+
+
+def leaf_field(leaf: str) -> FieldInfo:
+    """Type, default and description of `leaf`."""
+    return section_model(SECTION_OF[leaf]).model_fields[leaf]
+
+
+def choices(leaf: str) -> tuple[Any, ...]:
+    """The values `leaf` may have, when they are few and named; else ``()``."""
+    found: list[Any] = []
+    for part in _alternatives(leaf_field(leaf).annotation):
+        if get_origin(part) is Literal:
+            found.extend(get_args(part))
+    return tuple(found)
+
+
+def value_type(leaf: str) -> type:
+    """The Python type of a value of `leaf`: int, float, bool, str or dict; that of the choices when it has choices."""
+    named = choices(leaf)
+    if named:
+        return type(named[0])
+    first = next(part for part in _alternatives(leaf_field(leaf).annotation) if part is not type(None))
+    return get_origin(first) or first
+
+
+def get(config: TrainConfig, leaf: str) -> Any:
+    """The value of `leaf` in `config`."""
+    return getattr(getattr(config, SECTION_OF[leaf]), leaf)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

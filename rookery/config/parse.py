@@ -1,0 +1,318 @@
+"""From a TOML file and command-line words to a configuration that knows where each value came from."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from rookery.config.legacy import LEGACY, NOT_GIVEN, LegacyFlag
+from rookery.config.origin import Origin, Origins
+from rookery.config.tree import SECTION_OF, TrainConfig, choices, leaf_field, section_model, value_type
+from rookery.errors import UserError
+from rookery.i18n import _
+
+
+class Parsed(NamedTuple):
+    """A configuration, the origin of every leaf, and what is said to the user about flags of other trainers."""
+
+    config: TrainConfig
+    origins: Origins
+    notes: list[str]
+
+
+def parse(words: Sequence[str], toml_path: str | Path | None = None) -> Parsed:
+    """The configuration of `words` (flags and at most one recipe.toml) over a TOML file over the defaults.
+
+    Args:
+        words: command-line words: ``--ctx_len 512``, ``--ctx-len=512``, ``recipe.toml``, ``--config recipe.toml``.
+        toml_path: the TOML file, when it is not among `words`.
+
+    Raises:
+        UserError: an unknown key or flag, a bad value, a file that cannot be read; the message names the place and the
+            nearest valid name or value.
+    """
+    flags = _Flags(words)
+    path = flags.toml_path or toml_path
+    values, origins = _read_toml(Path(path)) if path else ({}, {})
+    for leaf in flags.withdrawn:
+        values.pop(leaf, None)
+        origins.pop(leaf, None)
+    values |= flags.values
+    origins |= flags.origins
+    for leaf in SECTION_OF:
+        origins.setdefault(leaf, Origin("default"))
+    return Parsed(_validate(values, origins), origins, flags.notes)
+
+
+class _Flags:
+    """What the words of a command line say."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: Origins = {}
+        self.withdrawn: set[str] = set()
+        """Leaves that a flag explicitly leaves open, whatever the TOML file says."""
+        self.notes: list[str] = []
+        self.toml_path: str | None = None
+        for word, values in _split(words):
+            self._take(word, values)
+
+    def _take(self, word: str, values: list[str]) -> None:
+        name = _name(word)
+        if not word.startswith("-"):
+            self._take_file(word)
+        elif name == "config":
+            self._take_file(values[0])
+        elif name in LEGACY:
+            self._take_legacy(word, LEGACY[name], values)
+        else:
+            self._set(name, word, values[0] if values else "true", written=" ".join(values))
+
+    def _take_file(self, word: str) -> None:
+        if not word.endswith(".toml"):
+            raise UserError(
+                _("{word} belongs to no flag; a recipe ends in .toml, and a value with spaces needs quotes", word=word)
+            )
+        if self.toml_path is not None:
+            raise UserError(_("two recipes are given: {first} and {second}", first=self.toml_path, second=word))
+        self.toml_path = word
+
+    def _take_legacy(self, word: str, flag: LegacyFlag, values: list[str]) -> None:
+        text = " ".join(values)
+        respelt = flag.values.get(text, text)
+        if flag.answer and text not in flag.silent and (not flag.leaf or respelt != text):
+            said = f"{word} {text}".rstrip() + ": " + _(flag.answer)
+            if flag.refused:
+                raise UserError(said)
+            self.notes.append(said)
+        if flag.leaf:
+            self._set(flag.leaf, word, respelt, written=text)
+
+    def _set(self, leaf: str, word: str, text: str, written: str | None = None) -> None:
+        if text == NOT_GIVEN and value_type(leaf) is not str:
+            self.values.pop(leaf, None)
+            self.origins.pop(leaf, None)
+            self.withdrawn.add(leaf)
+            return
+        self.values[leaf] = _read_value(leaf, text)
+        self.origins[leaf] = Origin("flag", f"{word} {text if written is None else written}".rstrip())
+        self.withdrawn.discard(leaf)
+
+
+def _name(word: str) -> str:
+    return word.lstrip("-").replace("-", "_")
+
+
+def _split(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each flag with the words that are its values; a word that is no value stands alone."""
+    at = 0
+    while at < len(words):
+        word, equals, joined = words[at].partition("=")
+        at += 1
+        if not _is_flag(word):
+            yield words[at - 1], []
+            continue
+        arity = _arity(word)
+        following = [joined] if equals else []
+        while not equals and at < len(words) and not _is_flag(words[at]):
+            if arity == "none" or (following and arity != "many") or (arity == "optional" and _is_recipe(words[at])):
+                break
+            following.append(words[at])
+            at += 1
+        if not following and arity == "one":
+            raise UserError(_("{flag} needs a value", flag=word))
+        yield word, following
+
+
+def _is_flag(word: str) -> bool:
+    """Whether `word` is a flag and not a value: -1 and -1e-3 are values."""
+    return re.match(r"--?[A-Za-z]", word) is not None
+
+
+def _is_recipe(word: str) -> bool:
+    return word.endswith(".toml")
+
+
+def _arity(word: str) -> str:
+    name = _name(word)
+    if name == "config":
+        return "one"
+    if name in LEGACY:
+        return LEGACY[name].arity
+    if name in SECTION_OF:
+        return "optional" if value_type(name) is bool else "one"
+    known = [*SECTION_OF, *LEGACY]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if nearest:
+        raise UserError(
+            _("{flag} is not a flag of rookery train; did you mean --{nearest}?", flag=word, nearest=nearest[0])
+        )
+    raise UserError(_("{flag} is not a flag of rookery train; `rookery train --help` lists them", flag=word))
+
+
+def _read_value(leaf: str, text: str) -> Any:
+    """The words of a flag as what TOML would hold; what cannot be read is left for validation to refuse."""
+    kind = value_type(leaf)
+    if kind is dict:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    if kind is int and choices(leaf):
+        return int(text) if re.fullmatch(r"-?\d+", text) else text
+    return text
+
+
+def _read_toml(path: Path) -> tuple[dict[str, Any], Origins]:
+    """Leaf values of a recipe and their origins ``file:line``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(_("{path} does not exist", path=path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(_("{path} cannot be read: {error}", path=path, error=error)) from None
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(_("{path} is not valid TOML: {error}", path=path, error=error)) from None
+
+    lines = _toml_lines(text)
+    values: dict[str, Any] = {}
+    origins: Origins = {}
+    for key, value in document.items():
+        table = value if key in TrainConfig.model_fields and isinstance(value, dict) else None
+        for leaf, leaf_value in {key: value}.items() if table is None else table.items():
+            section = None if table is None else key
+            place = _place(path, lines, section, leaf)
+            _check_key(leaf, section, place)
+            if leaf in values:
+                raise UserError(_("{place}: {key} is given twice", place=place, key=leaf))
+            values[leaf] = leaf_value
+            origins[leaf] = Origin("toml", place)
+    return values, origins
+
+
+def _check_key(leaf: str, section: str | None, place: str) -> None:
+    if leaf in SECTION_OF and section in (None, SECTION_OF[leaf]):
+        return
+    if leaf in SECTION_OF:
+        raise UserError(
+            _(
+                "{place}: {key} belongs in [{right}], not in [{wrong}]",
+                place=place,
+                key=leaf,
+                right=SECTION_OF[leaf],
+                wrong=section,
+            )
+        )
+    renamed = LEGACY[leaf].leaf if leaf in LEGACY else ""
+    known = [*TrainConfig.model_fields, *SECTION_OF] if section is None else list(section_model(section).model_fields)
+    nearest = [renamed] if renamed else difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
+    nearest = nearest or difflib.get_close_matches(leaf, SECTION_OF, n=1, cutoff=0.5)
+    if not nearest:
+        raise UserError(
+            _("{place}: there is no setting {key}; `rookery train --help` lists them", place=place, key=leaf)
+        )
+    raise UserError(
+        _("{place}: there is no setting {key}; did you mean {nearest}?", place=place, key=leaf, nearest=nearest[0])
+    )
+
+
+def _place(path: Path, lines: dict[tuple[str, ...], int], section: str | None, leaf: str) -> str:
+    keys: tuple[str, ...] = (leaf,) if section is None else (section, leaf)
+    while keys and keys not in lines:
+        keys = keys[:-1]
+    return f"{path}:{lines[keys]}" if keys else str(path)
+
+
+def _toml_lines(text: str) -> dict[tuple[str, ...], int]:
+    """Line number of every key path of a valid TOML text, counted from 1. `tomllib` does not keep them."""
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    quote = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if quote:
+            quote = "" if line.count(quote) % 2 else quote
+            continue
+        header = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line)
+        pair = re.match(r"\s*([^#=\[\s][^=]*?)\s*=", line)
+        if header:
+            table = _key_path(header[1])
+            lines.setdefault(table, number)
+        elif pair:
+            lines.setdefault(table + _key_path(pair[1]), number)
+            quote = next((q for q in ('"""', "'''") if line.count(q) % 2), "")
+    return lines
+
+
+def _key_path(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))
+
+
+def _validate(values: dict[str, Any], origins: Origins) -> TrainConfig:
+    try:
+        return TrainConfig(**values)
+    except ValidationError as failure:
+        problems = [_problem(error, origins) for error in failure.errors()]
+        raise UserError("\n".join(dict.fromkeys(problems))) from None
+
+
+def _problem(error: ErrorDetails, origins: Origins) -> str:
+    """One sentence for one fault: the place, the value, what is allowed and the nearest of it."""
+    leaf, value = str(error["loc"][1]), error["input"]
+    origin = origins[leaf]
+    said = f"{origin}" if origin.kind == "flag" else f"{origin}: {leaf} = {value!r}"
+    named = choices(leaf)
+    limits = error.get("ctx", {})
+    kind = error["type"]
+    if named:
+        allowed = ", ".join(str(choice) for choice in named)
+        nearest = difflib.get_close_matches(str(value), [str(choice) for choice in named], n=1, cutoff=0.3)
+        if nearest:
+            return _(
+                "{said}: must be one of {allowed}; did you mean {nearest}?",
+                said=said,
+                allowed=allowed,
+                nearest=nearest[0],
+            )
+        return _("{said}: must be one of {allowed}", said=said, allowed=allowed)
+    if kind == "multiple_of":
+        step = limits["multiple_of"]
+        below, above = int(value) // step * step, -(-int(value) // step) * step
+        return _(
+            "{said}: must be a multiple of {step}; the nearest are {below} and {above}",
+            said=said,
+            step=step,
+            below=max(below, step),
+            above=max(above, step),
+        )
+    if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
+        limit = f"{next(iter(limits.values())):g}"
+        sentence = {
+            "greater_than_equal": _("{said}: must be at least {limit}", said=said, limit=limit),
+            "greater_than": _("{said}: must be more than {limit}", said=said, limit=limit),
+            "less_than_equal": _("{said}: must be at most {limit}", said=said, limit=limit),
+            "less_than": _("{said}: must be less than {limit}", said=said, limit=limit),
+        }
+        return sentence[kind]
+    expected = {
+        int: _("{said}: must be a whole number, such as {example}", said=said, example=_example(leaf, 12)),
+        float: _("{said}: must be a number, such as {example}", said=said, example=_example(leaf, 6e-4)),
+        bool: _("{said}: must be true or false", said=said),
+        str: _("{said}: must be text", said=said),
+        dict: _("{said}: must be JSON, such as {example}", said=said, example='\'{"mask0": "0", "mask1": "1"}\''),
+    }
+    return expected[value_type(leaf)]
+
+
+def _example(leaf: str, otherwise: Any) -> Any:
+    default = leaf_field(leaf).default
+    return otherwise if default is None else default

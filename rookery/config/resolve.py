@@ -1,0 +1,223 @@
+"""Every value a run needs, made concrete from checkpoint, data, machine and rules, each with its origin.
+
+No torch here: the facts come in as plain dictionaries, so that the same function serves `rookery train`, its
+``--explain`` and the console.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rookery.config import rules
+from rookery.config.origin import Origin, Origins, origins_of
+from rookery.config.tree import SECTION_OF, TrainConfig, get
+from rookery.errors import UserError
+from rookery.i18n import _
+
+RANK_LEAVES = {
+    "w": "decay_low_rank_dim",
+    "a": "a_low_rank_dim",
+    "v": "v_low_rank_dim",
+    "g": "gate_low_rank_dim",
+    "decay": "decay_low_rank_dim",
+}
+"""Name of a rank in `ModelShape.ranks` -> leaf. The rank `mix` of x060 has no leaf: it follows the width."""
+
+DEFAULT_VERSION, DEFAULT_LAYERS, DEFAULT_WIDTH, WORLD_VOCABULARY = "x070", 6, 512, 65536
+"""A new model of which nothing is said: the current generation with the sizes the reference trainers start from."""
+
+
+class Resolved(NamedTuple):
+    """A configuration in which everything is decided, the origin of every leaf, and what the user is told about it."""
+
+    config: TrainConfig
+    origins: Origins
+    notes: list[str]
+
+
+def resolve(
+    config: TrainConfig,
+    origins: Origins | None = None,
+    *,
+    model_facts: Mapping[str, Any] | None = None,
+    data_facts: Mapping[str, Any] | None = None,
+    device_facts: Mapping[str, Any] | None = None,
+) -> Resolved:
+    """`config` with every value concrete.
+
+    Args:
+        config: as parsed, or as built in Python.
+        origins: those `parse` gave; found from what was set in `config` when left out.
+        model_facts: what the checkpoint holds: ``file``, ``version``, ``n_layer``, ``n_embd``, ``dim_att``,
+            ``dim_ffn``, ``head_size``, ``vocab_size`` and ``ranks`` (a dict). None: a new model is made.
+        data_facts: what the data hold: ``file``, ``data_type``, ``tokenizer``, ``vocab_size``, ``exit_tokens`` and
+            ``prime`` (0: too little data for the prime rule). None: nothing is trained, and what depends on the data
+            stays open.
+        device_facts: what runs it: ``accelerator`` ("cpu" or "cuda"), ``name``, ``bf16`` (whether it is native). None:
+            the CPU.
+
+    Only `save_every` (None: by time) and `mask_id` (None: not used) may stay None.
+
+    Raises:
+        UserError: settings that disagree with the checkpoint (both sides are listed) or with each other.
+    """
+    resolver = _Resolver(config, origins_of(config) if origins is None else origins)
+    resolver.device(device_facts or {"accelerator": "cpu", "name": "CPU", "bf16": False})
+    if data_facts is not None:
+        resolver.data(data_facts)
+    if model_facts is not None:
+        resolver.checkpoint(model_facts)
+    resolver.new_model()
+    resolver.optimiser()
+    resolver.length(data_facts)
+    return Resolved(TrainConfig(**resolver.values), resolver.origins, resolver.notes)
+
+
+class _Resolver:
+    def __init__(self, config: TrainConfig, origins: Origins) -> None:
+        self.values = {leaf: get(config, leaf) for leaf in SECTION_OF}
+        self.origins = dict(origins)
+        self.notes: list[str] = []
+
+    def fill(self, leaf: str, value: Any, origin: Origin) -> None:
+        """Decide an open leaf."""
+        self.values[leaf] = value
+        self.origins[leaf] = origin
+
+    def fill_open(self, leaf: str, value: Any, origin: Origin, open_value: Any = None) -> None:
+        """Decide `leaf` if its value is `open_value`, the one that means "not given"."""
+        if self.values[leaf] == open_value:
+            self.fill(leaf, value, origin)
+
+    def device(self, facts: Mapping[str, Any]) -> None:
+        machine = Origin("device", str(facts["name"]))
+        wanted, found = self.values["accelerator"], facts["accelerator"]
+        if wanted in ("gpu", "cuda") and found == "cpu":
+            self.notes.append(
+                _("there is no GPU that PyTorch can use here: the CPU trains instead of {flag}", flag=wanted)
+            )
+        self.fill(
+            "accelerator",
+            "cpu" if wanted == "cpu" else found,
+            self.origins["accelerator"] if wanted == "cpu" else machine,
+        )
+        bf16 = self.values["accelerator"] != "cpu" and facts["bf16"]
+        self.fill_open("precision", "bf16" if bf16 else "fp32", machine)
+        strategy, world = self.values["strategy"], self.values["devices"] * self.values["num_nodes"]
+        if world == 1 and strategy != "single":
+            if strategy != "auto":
+                self.notes.append(_("one device trains alone: {strategy} has nothing to share out", strategy=strategy))
+            self.fill("strategy", "single", Origin("rule", _("one device")))
+        self.fill_open("strategy", "ddp", Origin("rule", _("several devices")), open_value="auto")
+        self.fill_open("random_seed", 0, Origin("rule", _("a run can be repeated")), open_value=-1)
+
+    def data(self, facts: Mapping[str, Any]) -> None:
+        origin = Origin("data", str(facts["file"]))
+        self.fill_open("data_type", facts["data_type"], origin, open_value="auto")
+        self.fill_open("tokenizer", facts["tokenizer"], origin, open_value="")
+        if not self.values["magic_prime"]:
+            self.fill("magic_prime", facts["prime"], origin)
+        if not self.values["vocab_size"]:
+            self.fill("vocab_size", facts["vocab_size"], origin)
+
+    def checkpoint(self, facts: Mapping[str, Any]) -> None:
+        """Take the architecture from a file; what was asked for must agree with it."""
+        origin = Origin("checkpoint", str(facts["file"]))
+        found = {leaf: facts[leaf] for leaf in ("version", "n_layer", "n_embd", "dim_att", "head_size", "vocab_size")}
+        found |= {RANK_LEAVES[rank]: size for rank, size in facts["ranks"].items() if rank in RANK_LEAVES}
+        if facts["version"] != "x070":
+            found["dim_ffn"] = facts["dim_ffn"]
+        conflicts = []
+        for leaf, value in found.items():
+            asked = self.values[leaf]
+            if asked and asked != value and (self.origins[leaf].given or leaf == "vocab_size"):
+                conflicts.append(
+                    _(
+                        "  {leaf}: {asked} ({origin}), the file has {value}",
+                        leaf=leaf,
+                        asked=asked,
+                        origin=self.origins[leaf],
+                        value=value,
+                    )
+                )
+            self.fill(leaf, value, origin)
+        if conflicts:
+            heading = _("the checkpoint {file} is of another model than was asked for:", file=facts["file"])
+            remedy = _("Leave out what the file decides, or load another file.")
+            raise UserError("\n".join([heading, *conflicts, remedy]))
+
+    def new_model(self) -> None:
+        """The architecture of a new model; of a loaded one, only what no file records."""
+        self.fill_open("version", DEFAULT_VERSION, Origin("rule", _("the current generation")))
+        self.fill_open("n_layer", DEFAULT_LAYERS, Origin("rule", _("the reference's default")))
+        self.fill_open("n_embd", DEFAULT_WIDTH, Origin("rule", _("the reference's default")))
+        if not self.values["vocab_size"]:
+            self.fill("vocab_size", WORLD_VOCABULARY, Origin("rule", _("the World vocabulary")))
+        version, n_layer, n_embd = self.values["version"], self.values["n_layer"], self.values["n_embd"]
+        self.fill_open("dim_att", n_embd, Origin("rule", "n_embd"))
+        dim_ffn = rules.dim_ffn(version, n_embd)
+        if version == "x070" and self.values["dim_ffn"] not in (None, dim_ffn):
+            self.notes.append(_("dim_ffn is always 4 n_embd in x070: {value} is used", value=dim_ffn))
+            self.values["dim_ffn"] = None
+        self.fill_open("dim_ffn", dim_ffn, Origin("rule", "4 n_embd" if version == "x070" else "3.5 n_embd"))
+        for rank, size in rules.ranks(version, n_layer, n_embd, self.values["rank_rule"]).items():
+            if rank in RANK_LEAVES:
+                self.fill_open(RANK_LEAVES[rank], size, Origin("rule", f"rank_rule {self.values['rank_rule']}"))
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        dim_att, head_size, n_embd = self.values["dim_att"], self.values["head_size"], self.values["n_embd"]
+        if dim_att % head_size:
+            raise UserError(
+                _(
+                    "time mixing is {dim_att} wide, which is not a multiple of head_size {head_size}",
+                    dim_att=dim_att,
+                    head_size=head_size,
+                )
+            )
+        if self.values["version"] == "x070" and dim_att != n_embd:
+            raise UserError(
+                _(
+                    "in x070 dim_att is n_embd: {dim_att} is not {n_embd}; leave dim_att out",
+                    dim_att=dim_att,
+                    n_embd=n_embd,
+                )
+            )
+
+    def optimiser(self) -> None:
+        lr_init, lr_final = rules.learning_rates(self.values["n_embd"])
+        self.fill_open("lr_init", lr_init, Origin("rule", "0.45/n_embd"))
+        self.fill_open("lr_final", lr_final, Origin("rule", "0.04/n_embd"))
+        self.fill_open("adam_eps", rules.adam_eps(self.values["version"]), Origin("rule", str(self.values["version"])))
+        self.fill_open("warmup_steps", rules.WARMUP_STEPS, Origin("rule", _("as the published scripts")), open_value=-1)
+        name = "{vocab_size} ctx{ctx_len} L{n_layer} D{n_embd}".format_map(self.values)
+        self.fill_open("run_name", name, Origin("rule", "vocab_size ctx_len n_layer n_embd"), open_value="")
+
+    def length(self, data_facts: Mapping[str, Any] | None) -> None:
+        """Steps, mini-epochs and tokens of the run."""
+        values = self.values
+        batch = values["micro_bsz"] * values["accumulate_grad_batches"] * values["devices"] * values["num_nodes"]
+        if values["epoch_steps"] is None:
+            self.fill("epoch_steps", rules.epoch_steps(batch), Origin("rule", f"{rules.MINI_EPOCH} / {batch}"))
+        tokens_per_epoch = values["epoch_steps"] * batch * values["ctx_len"]
+        unlimited = values["epoch_count"] in (None, rules.UNLIMITED_EPOCHS)
+        if values["my_exit_tokens"] is None and not unlimited:
+            tokens = values["epoch_count"] * tokens_per_epoch
+            self.fill("my_exit_tokens", tokens, Origin("rule", "epoch_count x epoch_steps x ctx_len"))
+        elif values["my_exit_tokens"] is None and data_facts is not None:
+            self.fill("my_exit_tokens", data_facts["exit_tokens"], Origin("data", str(data_facts["file"])))
+        if not unlimited and not values["my_exit_tokens"]:
+            return
+        tokens = values["my_exit_tokens"] or (data_facts or {}).get("exit_tokens", 0)
+        epochs = -(-abs(tokens) // tokens_per_epoch)
+        if not unlimited and epochs != values["epoch_count"]:
+            self.notes.append(
+                _(
+                    "my_exit_tokens decides the length: {epochs} mini-epochs, not {asked}",
+                    epochs=epochs,
+                    asked=values["epoch_count"],
+                )
+            )
+        if tokens and epochs != values["epoch_count"]:
+            self.fill("epoch_count", epochs, Origin("rule", "my_exit_tokens / (epoch_steps x ctx_len)"))
