@@ -1,5 +1,6 @@
 """The recurrences and the loss head: one reference each, and back-ends behind one function."""
 
+from rookery.ops.head_loss import head_loss
 from rookery.ops.wkv7 import wkv7
 
-__all__ = ["wkv7"]
+__all__ = ["head_loss", "wkv7"]

@@ -1,2 +1,198 @@
-def refuses(call): return "not yet"
-def wkv7_triton(*a): raise NotImplementedError
+"""The recurrence of RWKV-7 on a GPU, by Triton: forward and backward, initial and final state, any length.
+
+The kernels (`wkv7_triton_kernels`, where the algebra is) work on chunks of tokens. There are two schedules:
+
+* *sequential*: one program a head walks its chunks with the state in registers. Least memory traffic; needs as many
+  heads in the batch as keep the GPU busy.
+* *parallel*: one program a chunk computes the chunk's map of the state, a short scan joins the maps, and one program a
+  chunk computes the outputs. For few heads, where walking the sequence would leave most of the GPU idle.
+
+For the backward pass the forward keeps the state before each chunk and one small inverse per chunk; the rest is computed
+again. bf16 inputs use bf16 tensor cores with fp32 sums, fp16 inputs TF32 (the factors carry decays beyond fp16's range),
+fp32 inputs fp32 arithmetic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rookery.ops.backend import Call
+
+HEAD_SIZES = (16, 32, 64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Heads in flight per multiprocessor from which walking the sequence keeps a GPU busy.
+HEADS_PER_MULTIPROCESSOR = 2
+
+
+def refuses(call: Call) -> str | None:
+    """Why this back-end cannot serve `call`, or None."""
+    if call.device != "cuda":
+        return f"runs on a GPU, not on {call.device}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (it comes with PyTorch's CUDA builds for Linux)"
+    if call.dtype not in DTYPES:
+        return f"dtype {call.dtype} is not bfloat16, float16 or float32"
+    if call.head_size not in HEAD_SIZES:
+        return f"head size {call.head_size} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    return None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a call is cut into programs: tokens per chunk, and whether one program walks all chunks of a head."""
+
+    chunk: int
+    sequential: bool
+
+    @classmethod
+    def of(cls, r: Tensor) -> Schedule:
+        """The schedule for inputs like `r` (B, T, H, N) on its device."""
+        B, T, H, _ = r.shape
+        chunk = 16 if r.dtype == torch.float32 else 32
+        return cls(chunk, T <= chunk or B * H >= HEADS_PER_MULTIPROCESSOR * _multiprocessors(r.device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def wkv7_triton(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
+    schedule: Schedule | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Shapes and dtypes as in `rookery.ops.wkv7`; `schedule` overrides the choice made from the shapes."""
+    schedule = schedule or Schedule.of(r)
+    inputs = tuple(x.contiguous() for x in (r, w, k, v, a, b))
+    if state is None:
+        B, _, H, N = r.shape
+        state = r.new_zeros(B, H, N, N, dtype=torch.float32)
+    state = state.float().contiguous()
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state)):
+        y, final = _WKV7.apply(*inputs, state, schedule)
+    else:
+        y, final, _, _ = _forward(inputs, state, schedule, keep=False)
+    return y, final
+
+
+class _WKV7(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, schedule: Schedule
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (r, w, k, v, a, b)
+        y, final, states, inverses = _forward(inputs, state, schedule, keep=True)
+        ctx.save_for_backward(*inputs, states, inverses)
+        ctx.schedule = schedule
+        return y, final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> Any:
+        *inputs, states, inverses = ctx.saved_tensors
+        gradients = _backward(tuple(inputs), states, inverses, dy.contiguous(), dfinal.contiguous(), ctx.schedule)
+        return *gradients, None
+
+
+def _forward(
+    inputs: tuple[Tensor, ...], state: Tensor, schedule: Schedule, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs, final state, and, if `keep` or the schedule is parallel, the states before the chunks and the inverses."""
+    from rookery.ops import wkv7_triton_kernels as kernels
+
+    launch = _Launch(inputs[0], schedule)
+    _, w, k, v, a, b = inputs
+    y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
+    keep = keep or not schedule.sequential
+    states, inverses = launch.per_chunk(launch.N, keep=keep), launch.per_chunk(schedule.chunk, keep=keep)
+    if not schedule.sequential:
+        maps, offsets, decays = launch.maps()
+        launch(kernels.prepare_forward, launch.chunks, w, k, v, a, b, maps, offsets, decays, inverses)
+        launch.scan(state, maps, offsets, decays, states, final, reverse=False)
+    grid = launch.heads if schedule.sequential else launch.chunks
+    launch(
+        kernels.forward, grid, *inputs, state, states, inverses, y, final, SEQUENTIAL=schedule.sequential, KEEP=keep
+    )
+    return y, final, states, inverses
+
+
+def _backward(
+    inputs: tuple[Tensor, ...], states: Tensor, inverses: Tensor, dy: Tensor, dfinal: Tensor, schedule: Schedule
+) -> tuple[Tensor, ...]:
+    """Gradients of the six inputs and of the initial state."""
+    from rookery.ops import wkv7_triton_kernels as kernels
+
+    launch = _Launch(inputs[0], schedule)
+    r, w, _, _, a, b = inputs
+    gradients = tuple(torch.empty_like(x) for x in inputs)
+    dinitial = torch.empty_like(dfinal)
+    dstates = launch.per_chunk(launch.N, keep=not schedule.sequential)
+    if not schedule.sequential:
+        maps, offsets, decays = launch.maps()
+        launch(kernels.prepare_backward, launch.chunks, r, w, a, b, dy, inverses, maps, offsets, decays)
+        launch.scan(dfinal, maps, offsets, decays, dstates, dinitial, reverse=True)
+    grid = launch.heads if schedule.sequential else launch.chunks
+    launch(
+        kernels.backward, grid, *inputs, states, inverses, dy, dfinal, dstates, *gradients, dinitial,
+        SEQUENTIAL=schedule.sequential,
+    )  # fmt: skip
+    return *gradients, dinitial
+
+
+class _Launch:
+    """Launches kernels, and allocates what passes between them, for inputs like `r`."""
+
+    def __init__(self, r: Tensor, schedule: Schedule) -> None:
+        import triton.language as tl
+
+        B, self.T, self.H, self.N = r.shape
+        self.device = r.device
+        self.NT = -(-self.T // schedule.chunk)
+        self.heads = B * self.H
+        self.chunks = self.heads * self.NT
+        self.kept = torch.bfloat16 if r.dtype == torch.bfloat16 else torch.float32
+        self.constants = {
+            "N": self.N,
+            "DOT": tl.bfloat16 if r.dtype == torch.bfloat16 else tl.float32,
+            "PRECISION": "ieee" if r.dtype == torch.float32 else "tf32",
+        }
+        self.chunk = schedule.chunk
+
+    def per_chunk(self, size: int, *, keep: bool) -> Tensor:
+        """A (size, size) matrix for each chunk, or nothing."""
+        return torch.empty(self.chunks if keep else 0, size, size, dtype=self.kept, device=self.device)
+
+    def maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The affine map of each chunk: matrix, offset, decay."""
+        square = (self.chunks, self.N, self.N)
+        return (
+            torch.empty(square, dtype=self.kept, device=self.device),
+            torch.empty(square, dtype=torch.float32, device=self.device),
+            torch.empty(self.chunks, self.N, dtype=torch.float32, device=self.device),
+        )
+
+    def scan(self, first: Tensor, *tensors: Tensor, reverse: bool) -> None:
+        from rookery.ops import wkv7_triton_kernels as kernels
+
+        rows = min(self.N, 32)
+        with self._on_device():
+            kernels.scan[(self.heads * (self.N // rows),)](
+                first, *tensors, self.NT, ROWS=rows, REVERSE=reverse, **self.constants, num_warps=rows // 16, num_stages=3
+            )
+
+    def __call__(self, kernel: Any, programs: int, *tensors: Tensor, **constants: Any) -> None:
+        with self._on_device():
+            kernel[(programs,)](
+                *tensors, self.T, self.H, self.NT, C=self.chunk, **self.constants, **constants,
+                num_warps=8 if self.N == 128 else 4, num_stages=2,
+            )  # fmt: skip
+
+    def _on_device(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,95 @@
+"""The dimensions of a model, given by hand or read from a checkpoint's tensor shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rookery.errors import UserError
+from rookery.i18n import _
+
+VERSIONS = ("x052", "x060", "x070")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything that fixes the names and shapes of a model's parameters."""
+
+    version: str
+    n_layer: int
+    n_embd: int
+    vocab_size: int
+    head_size: int
+    dim_att: int
+    dim_ffn: int
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Widths of the low-rank layers. x070: w, a, v, g; x060: mix, decay; x052: none."""
+
+    @property
+    def n_head(self) -> int:
+        return self.dim_att // self.head_size
+
+    @classmethod
+    def of_checkpoint(cls, shapes: Mapping[str, Sequence[int]], name: str) -> ModelShape:
+        """Read the dimensions off a checkpoint.
+
+        Args:
+            shapes: tensor name -> shape.
+            name: what to call the file in an error.
+
+        Raises:
+            UserError: not an RWKV model, or a version that is not supported.
+        """
+        if "emb.weight" not in shapes or "blocks.0.ffn.key.weight" not in shapes:
+            raise UserError(
+                _("{name} holds no RWKV model: emb.weight or blocks.0.ffn.key.weight is missing", name=name)
+            )
+        version = _version(shapes, name)
+        vocab_size, n_embd = shapes["emb.weight"]
+        n_layer = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
+        head = {"x052": "time_decay", "x060": "time_faaaa", "x070": "r_k"}[version]
+        n_head, head_size = shapes[f"blocks.0.att.{head}"]
+        ranks = {}
+        if version == "x060":
+            ranks = {
+                "mix": shapes["blocks.0.att.time_maa_w1"][1] // 5,
+                "decay": shapes["blocks.0.att.time_decay_w1"][1],
+            }
+        if version == "x070":
+            ranks = {x: shapes[f"blocks.0.att.{x}1"][1] for x in "wag"}
+            # Files of some trainers lack the value residual of block 0, which nothing reads.
+            v1 = shapes.get("blocks.1.att.v1") or shapes.get("blocks.0.att.v1")
+            ranks["v"] = v1[1] if v1 else 32
+        return cls(
+            version, n_layer, n_embd, vocab_size, head_size, n_head * head_size,
+            shapes["blocks.0.ffn.key.weight"][0], ranks,
+        )  # fmt: skip
+
+
+def _version(shapes: Mapping[str, Sequence[int]], name: str) -> str:
+    def any_key(part: str) -> bool:
+        return any(part in key for key in shapes)
+
+    if any_key(".ffn.s_emb") or any_key(".qkv.") or any_key(".ffn.s0"):
+        found = "RWKV-7a/7b (DeepEmbed)"
+    elif "blocks.0.att.r_k" in shapes:
+        return "x070"
+    elif any_key("time_maa_rkvw_w1"):
+        found = "x060b"
+    elif any_key("time_maa") and any_key("att.gate_w1"):
+        found = "x060a"
+    elif any_key("time_maa"):
+        return "x060"
+    elif any_key("att.gate.weight"):
+        decay = shapes.get("blocks.0.att.time_decay", ())
+        if len(decay) == 2 and decay[1] > 1:
+            return "x052"
+        found = "RWKV-5.1"
+    else:
+        found = "RWKV-5.0" if any_key("att.ln_x") else "RWKV-4 or older"
+    raise UserError(
+        _(
+            "{name} is a model of version {found}; Rookery knows {known}",
+            name=name, found=found, known=", ".join(VERSIONS),
+        )  # fmt: skip
+    )

@@ -1,0 +1,48 @@
+"""The recurrent state of a model: all it remembers of the tokens read so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rookery.models.shape import ModelShape
+
+
+@dataclass
+class State:
+    """State of a batch of B sequences after some token.
+
+    `att_shift`, `ffn_shift`: (L, B, C), the last LayerNorm outputs that entered time and channel mixing, in the model's
+    activation dtype. `wkv`: (L, B, H, N, N), [value, key] for every version, fp32 (fp64 in an fp64 model).
+    """
+
+    att_shift: Tensor
+    wkv: Tensor
+    ffn_shift: Tensor
+
+    @classmethod
+    def zeros(cls, shape: ModelShape, batch: int, device: torch.device | str, dtype: torch.dtype) -> State:
+        """The state before the first token, for a model whose activations are `dtype`."""
+        shift = (shape.n_layer, batch, shape.n_embd)
+        wkv = (shape.n_layer, batch, shape.n_head, shape.head_size, shape.head_size)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        return cls(
+            torch.zeros(shift, device=device, dtype=dtype),
+            torch.zeros(wkv, device=device, dtype=exact),
+            torch.zeros(shift, device=device, dtype=dtype),
+        )
+
+    def detach(self) -> State:
+        return State(self.att_shift.detach(), self.wkv.detach(), self.ffn_shift.detach())
+
+    def clone(self) -> State:
+        return State(self.att_shift.clone(), self.wkv.clone(), self.ffn_shift.clone())
+
+    def to(self, device: torch.device | str) -> State:
+        return State(self.att_shift.to(device), self.wkv.to(device), self.ffn_shift.to(device))
+
+    def select(self, rows: Tensor | slice) -> State:
+        """The sequences `rows` of the batch."""
+        return State(self.att_shift[:, rows], self.wkv[:, rows], self.ffn_shift[:, rows])

@@ -1,0 +1,105 @@
+"""Cross-entropy of the output head, computed in chunks of tokens so that the full logits tensor never exists.
+
+With l = head(x) and n trained targets::
+
+    loss = 1/n sum_i ( logsumexp(l_i) - l_i[target_i] )
+    dl_i = 1/n (softmax(l_i) - onehot(target_i))  +  1e-4/n * max(l_i) * onehot(argmax(l_i))
+
+The second term of the gradient is RWKV's L2Wrap: it pulls the largest logit of each row towards zero without appearing
+in the loss. It follows the upstream gradient, as in RWKV-LM's current trainer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+L2WRAP = 1e-4
+CHUNK_BYTES = 64 << 20
+"""Size of the logits of one chunk when `chunk` is not given."""
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 0, l2wrap: bool = True) -> Tensor:
+    """Mean cross-entropy over the trained targets.
+
+    Args:
+        x: output of the last LayerNorm, (..., C).
+        weight: head matrix (V, C), same dtype as `x`.
+        targets: token ids (...), int64; -100 marks a position that is not trained. Such rows cost nothing.
+        chunk: rows whose logits exist at one time; 0 chooses.
+        l2wrap: add the L2 term on the largest logit to the gradient.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 inputs); 0 when no target is trained. Gradients for `x` and `weight` are computed
+        in the forward pass, so a second derivative does not exist.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    rows = chunk or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    return _HeadLoss.apply(x, weight, targets, rows, L2WRAP if l2wrap else 0.0)
+
+
+def head_loss_plain(x: Tensor, weight: Tensor, targets: Tensor, *, l2wrap: bool = True) -> Tensor:
+    """The reference: the same loss and gradients from whole logits by autograd."""
+    trained = targets.reshape(-1) != -100
+    logits = F.linear(x, weight).reshape(-1, weight.shape[0])[trained]
+    logits = logits.to(_accumulator(x.dtype))
+    rows = max(1, len(logits))
+    loss = F.cross_entropy(logits, targets.reshape(-1)[trained], reduction="sum") / rows
+    if l2wrap and len(logits):
+        # A term whose value is zero and whose gradient is the wanted one.
+        largest = logits.amax(dim=-1)
+        penalty = (largest.square() / 2).sum() * (L2WRAP / rows)
+        loss = loss + (penalty - penalty.detach())
+    return loss
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, l2wrap: float) -> Tensor:
+        flat_x, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        trained = (flat_targets != -100).nonzero().squeeze(-1)
+        n = len(trained)
+        everything = n == len(flat_targets)
+        exact = _accumulator(x.dtype)
+        loss = torch.zeros((), dtype=exact, device=x.device)
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        dx = torch.zeros_like(flat_x) if need_x else None
+        dweight = torch.zeros_like(weight, dtype=exact) if need_weight else None
+        for start in range(0, n, chunk):
+            rows = slice(start, start + chunk) if everything else trained[start : start + chunk]
+            x_rows, target_rows = flat_x[rows], flat_targets[rows, None]
+            logits = F.linear(x_rows, weight).to(exact)
+            lse = logits.logsumexp(dim=-1, keepdim=True)
+            loss += (lse - logits.gather(1, target_rows)).sum()
+            if not (need_x or need_weight):
+                continue
+            largest, where = logits.max(dim=-1, keepdim=True)
+            dlogits = logits.sub_(lse).exp_()
+            dlogits.scatter_add_(1, target_rows, dlogits.new_full(target_rows.shape, -1))
+            dlogits.scatter_add_(1, where, largest * l2wrap)
+            # Not yet divided by n: in fp16, gradients that small would vanish before loss scaling reaches them.
+            dlogits = dlogits.to(x.dtype)
+            if dx is not None:
+                dx[rows] = dlogits @ weight
+            if dweight is not None:
+                dweight += dlogits.T @ x_rows
+        if dx is not None:
+            dx = dx.reshape(x.shape)
+        ctx.save_for_backward(dx, dweight)
+        ctx.rows = max(n, 1)
+        return loss / ctx.rows
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        scale = upstream / ctx.rows
+        dx, dweight = (None if grad is None else (grad * scale).to(grad.dtype) for grad in ctx.saved_tensors)
+        return dx, dweight, None, None, None
