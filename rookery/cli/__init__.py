@@ -1,0 +1,139 @@
+"""The `rookery` command: one file a subcommand, loaded only when it is called, so that help needs no torch."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from rookery import __version__
+from rookery.errors import Interrupted, UserError
+from rookery.i18n import LANGUAGES, N_, _, language, set_language
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": N_("Train the arithmetic model from nothing and see it answer"),
+    "data": N_("Make training data, and look into it"),
+    "init": N_("Write the initial weights of a new model"),
+    "train": N_("Train a model"),
+    "inspect": N_("Say what is inside a model, state or data file"),
+    "chat": N_("Talk to a model"),
+    "eval": N_("Measure a model"),
+    "doctor": N_("Say what this machine can do, and what would make it faster"),
+}
+"""Subcommand -> what it does; each is the `app` of the module of its name in this package."""
+
+OK, FAULT, USER_FAULT, INTERRUPTED = 0, 1, 2, 130
+
+
+class LazyGroup(TyperGroup):
+    """Lists its subcommands from `COMMANDS` and imports the module of one only to run it or to print its own help."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and load_command(str(name)), rest
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for name, command in self.commands.items():
+            command.short_help = _(COMMANDS[name])
+        super().format_commands(ctx, formatter)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted(_("Interrupted.")) from None
+
+
+def load_command(name: str) -> Any:
+    """The subcommand `name`, with its help in the language in use."""
+    command = typer.main.get_command(import_module(f"rookery.cli.{name}").app)
+    _translate(command)
+    command.name = name
+    return command
+
+
+def _translate(command: Any) -> None:
+    """Put the help of a command, its options and its own subcommands into the language in use."""
+    command.help = _(" ".join(command.help.split())) if command.help else None
+    for parameter in command.params:
+        if getattr(parameter, "help", None):
+            parameter.help = _(parameter.help)
+    for subcommand in getattr(command, "commands", {}).values():
+        _translate(subcommand)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rookery {__version__}")
+        raise typer.Exit
+
+
+def _choose_language(name: str | None) -> None:
+    if name is None:
+        return
+    if name not in LANGUAGES:
+        raise typer.BadParameter(_("{name} is not one of {known}", name=name, known=", ".join(LANGUAGES)))
+    set_language(name)
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback(help="Raise RWKV language models.")
+def _options(
+    lang: str = typer.Option(None, "--lang", metavar="en|zh", is_eager=True, callback=_choose_language),
+    version: bool = typer.Option(False, "--version", is_eager=True, callback=_say_version),
+) -> None: ...
+
+
+def build() -> LazyGroup:
+    """The root command."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, LazyGroup)
+    root.commands = {name: TyperCommand(name, rich_markup_mode=None) for name in COMMANDS}
+    root.help = _("Raise RWKV language models: data, pretraining, fine-tuning, chat.")
+    helps = {"lang": _("Language of messages and help"), "version": _("Print the version and exit")}
+    for parameter in root.params:
+        parameter.help = helps[parameter.name]
+    return root
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 the user's input is at fault, 1 our fault, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        # A console that cannot show a character must not end a run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.exit(run(sys.argv[1:] if args is None else list(args)))
+
+
+def run(args: list[str]) -> int:
+    """Run the command line and return its exit status, every error told on stderr."""
+    try:
+        build().main(args, prog_name="rookery")
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        return USER_FAULT
+    except Interrupted as interruption:
+        typer.echo(str(interruption), err=True)
+        return INTERRUPTED
+    except PermissionError as error:
+        typer.echo(_("no permission: {path}", path=error.filename), err=True)
+        return USER_FAULT
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else OK
+    except Exception:
+        traceback.print_exc()
+        typer.echo(_("This is a fault of Rookery, not yours: please report it with the text above."), err=True)
+        return FAULT
+    return OK

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rookery.config import rules
+from rookery.config.resolve import RANK_LEAVES
+from rookery.config.tree import ModelSection
 from rookery.errors import UserError
 from rookery.i18n import _
 
@@ -28,6 +31,17 @@ class ModelShape:
     @property
     def n_head(self) -> int:
         return self.dim_att // self.head_size
+
+    @classmethod
+    def of_config(cls, model: ModelSection) -> ModelShape:
+        """The dimensions that a resolved configuration asks for; every one of them is concrete."""
+        version, n_layer, n_embd = str(model.version), int(model.n_layer or 0), int(model.n_embd or 0)
+        ranks = rules.ranks(version, n_layer, n_embd, model.rank_rule)
+        ranks |= {rank: getattr(model, RANK_LEAVES[rank]) for rank in ranks if rank in RANK_LEAVES}
+        return cls(
+            version, n_layer, n_embd, int(model.vocab_size or 0), model.head_size, int(model.dim_att or 0),
+            int(model.dim_ffn or 0), ranks,
+        )  # fmt: skip
 
     @classmethod
     def of_checkpoint(cls, shapes: Mapping[str, Sequence[int]], name: str) -> ModelShape:
