@@ -1,0 +1,153 @@
+"""Choosing the next token, as the `rwkv` package defines it (PIPELINE.sample_logits and PIPELINE.generate)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rookery.errors import UserError
+from rookery.i18n import _
+
+UNCOUNTED = " \t0123456789"
+"""Tokens whose text lies inside this string are not counted by the frequency penalty."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn and where it ends. The defaults are the `rwkv` package's.
+
+    Attributes:
+        temperature: flattens (> 1) or sharpens (< 1) what `top_p` and `top_k` left; 0 takes the likeliest token.
+        top_p: keeps the likeliest tokens until their probability reaches this; 1 keeps all.
+        top_k: keeps at most this many tokens; 0 keeps all.
+        alpha_presence: taken off the logit of every token seen so far.
+        alpha_frequency: taken off once more for each time it was seen.
+        alpha_decay: factor by which the counts fade at each token.
+        token_ban: tokens never chosen.
+        token_stop: tokens that end the answer and are not part of it.
+        stop: texts that end the answer and are not part of it.
+        max_tokens: longest answer.
+        seed: seed of the draws; None draws anew each time.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.85
+    top_k: int = 0
+    alpha_presence: float = 0.2
+    alpha_frequency: float = 0.2
+    alpha_decay: float = 0.996
+    token_ban: tuple[int, ...] = ()
+    token_stop: tuple[int, ...] = (0,)
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 512
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": (self.temperature, 0.0, float("inf")),
+            "top_p": (self.top_p, 0.0, 1.0),
+            "top_k": (self.top_k, 0, float("inf")),
+            "alpha_decay": (self.alpha_decay, 0.0, 1.0),
+            "max_tokens": (self.max_tokens, 1, float("inf")),
+        }
+        for name, (value, least, most) in limits.items():
+            if not least <= value <= most:
+                raise UserError(
+                    _(
+                        "{name} is {value}; it must lie from {least} to {most}.",
+                        name=name,
+                        value=value,
+                        least=least,
+                        most=most,
+                    )
+                )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is simply the one with the largest logit."""
+        return self.temperature == 0 and not self.penalised and not self.token_ban
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens seen before lose some of their logit."""
+        return self.alpha_presence != 0 or self.alpha_frequency != 0
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """The distribution that a token is drawn from.
+
+    `top_p` and `top_k` cut the untempered distribution: tokens less likely than the one at which the cumulative
+    probability reaches `top_p` are dropped (equals stay), then all but the `top_k` likeliest; what is left is raised to
+    1/temperature. A temperature of 0 means the likeliest token alone. `top_p` of 1 is off, where the `rwkv` package
+    turns greedy whenever its fp32 sum falls short of 1.
+
+    Args:
+        logits: `(..., V)`, any float dtype.
+
+    Returns:
+        `(..., V)` fp32, each row summing to 1.
+    """
+    if temperature == 0:
+        temperature, top_p = 1.0, 0.0
+    probs = logits.float().softmax(-1)
+    vocab = probs.shape[-1]
+    if top_p < 1 or 0 < top_k < vocab:
+        ordered, ids = probs.sort(-1, descending=True)
+        reached = ordered.cumsum(-1) >= top_p
+        last = torch.where(reached.any(-1), reached.int().argmax(-1), vocab - 1)
+        cutoff = ordered.gather(-1, last.unsqueeze(-1))
+        probs = torch.where(probs < cutoff, 0.0, probs)
+        if 0 < top_k < vocab:
+            probs = probs.scatter(-1, ids[..., top_k:], 0.0)
+    if temperature != 1:
+        probs = probs ** (1 / temperature)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+class Sampler:
+    """Draws the tokens of one sequence, remembering which were seen.
+
+    Args:
+        sampling: the settings.
+        text_of: text of a token, for the rule that blanks and digits are not counted.
+    """
+
+    def __init__(self, sampling: Sampling, text_of: Callable[[int], str]) -> None:
+        self.sampling = sampling
+        self._text_of = text_of
+        self._occurrence: dict[int, float] = {}
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def draw(self, logits: Tensor) -> int:
+        """The next token, from logits `(V,)`, which are left as they are."""
+        sampling = self.sampling
+        if sampling.greedy:
+            return int(logits.argmax())
+        logits = logits.float().cpu().clone()
+        if sampling.token_ban:
+            logits[list(sampling.token_ban)] = -torch.inf
+        if self._occurrence and sampling.penalised:
+            seen = list(self._occurrence)
+            logits[seen] -= torch.tensor(
+                [sampling.alpha_presence + self._occurrence[token] * sampling.alpha_frequency for token in seen]
+            )
+        if sampling.temperature == 0:
+            return int(logits.argmax())
+        probs = probabilities(logits, sampling.temperature, sampling.top_p, sampling.top_k)
+        return int(torch.multinomial(probs, 1, generator=self._generator))
+
+    def saw(self, token: int) -> None:
+        """Remember a chosen token for the penalties."""
+        if not self.sampling.penalised:
+            return
+        for seen in self._occurrence:
+            self._occurrence[seen] *= self.sampling.alpha_decay
+        counted = 0.0 if self._text_of(token) in UNCOUNTED else 1.0
+        self._occurrence[token] = self._occurrence.get(token, 0.0) + counted
