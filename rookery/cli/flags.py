@@ -28,7 +28,8 @@ class FlagsCommand(TyperCommand):
         super().format_options(ctx, formatter)
         for section in self.sections:
             model = section_model(section)
-            with formatter.section(f"[{section}] {_(model.__doc__ or '').rstrip(".。")}"):
+            about = _(model.__doc__ or "").rstrip(".。")
+            with formatter.section(f"[{section}] {about}"):
                 formatter.write_dl([(f"--{leaf}", describe(leaf)) for leaf in model.model_fields])
 
 
