@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from rookery.models.common import LanguageModel as Model
 from rookery.models.rwkv7 import RWKV7
 from rookery.models.shape import ModelShape
 from rookery.models.state import State
 
 __all__ = ["RWKV7", "Model", "ModelShape", "State", "create", "initialise"]
 
-Model = RWKV7
-"""A language model of any generation."""
-
-CLASSES = {"x070": RWKV7}
+CLASSES: dict[str, type[RWKV7]] = {"x070": RWKV7}
 
 
-def create(shape: ModelShape, *, kernel: str = "auto") -> Model:
-    """A model of the given shape on the CPU, its parameters not yet set."""
+def create(shape: ModelShape, *, kernel: str = "auto", dropout: float = 0.0) -> Model:
+    """A model of the given shape on the CPU, its parameters not yet set.
+
+    Args:
+        kernel: back-end of the recurrence.
+        dropout: probability of dropping an element of the residual stream in training.
+    """
     with torch.device("meta"):
-        model = CLASSES[shape.version](shape, kernel=kernel)
+        model = CLASSES[shape.version](shape, kernel=kernel, dropout=dropout)
     return model.to_empty(device="cpu")
 
 

@@ -104,6 +104,8 @@ def _version(shapes: Mapping[str, Sequence[int]], name: str) -> str:
     raise UserError(
         _(
             "{name} is a model of version {found}; Rookery knows {known}",
-            name=name, found=found, known=", ".join(VERSIONS),
-        )  # fmt: skip
+            name=name,
+            found=found,
+            known=", ".join(VERSIONS),
+        )
     )

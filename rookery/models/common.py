@@ -1,0 +1,200 @@
+"""What the generations of RWKV have in common: the skeleton around time mixing and channel mixing, and small parts.
+
+Shapes: B batch, T tokens, C width, H heads of N channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rookery.models.shape import ModelShape
+from rookery.models.state import State
+
+LayerState = tuple[Tensor, Tensor, Tensor]
+"""State of one layer: att_shift (B, C), wkv (B, H, N, N), ffn_shift (B, C)."""
+
+
+class Mixing(nn.Module):
+    """Time mixing or channel mixing of one layer."""
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_layer = layer, shape.n_layer
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Set every parameter to its initial value for pretraining."""
+        raise NotImplementedError
+
+    def depth(self) -> float:
+        """0 in the first layer, 1 in the last; 0 for a model of one layer."""
+        return self.layer / max(1, self.n_layer - 1)
+
+    def height(self) -> float:
+        """1 in the first layer, falling by 1/n_layer."""
+        return 1 - self.layer / self.n_layer
+
+
+class TimeMixing(Mixing):
+    """Called with the input (B, T, C), its last row before this call (B, C), the recurrent state (B, H, N, N), the
+    kernel to use, and what the time mixing of the block below carried on; returns what to add to the residual stream,
+    the new recurrent state, and what to carry on."""
+
+    time_state: nn.Parameter | None
+    """Tuned initial state (H, N, N), [value, key], of a state-tuned model."""
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__(shape, layer)
+        self.register_parameter("time_state", None)
+
+
+class ChannelMixing(Mixing):
+    """Called with the input (B, T, C) and its last row before this call (B, C); returns what to add to the residual
+    stream."""
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, head. The same module trains and infers.
+
+    Parameters are allocated but not set: load a checkpoint, or call `rookery.models.initialise`.
+    """
+
+    version: str
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        time_mix: Callable[[ModelShape, int], TimeMixing],
+        channel_mix: Callable[[ModelShape, int], ChannelMixing],
+        *,
+        kernel: str = "auto",
+        dropout: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            kernel: back-end of the recurrence.
+            dropout: probability; applied in training to the embedding and to the residual stream after every addition.
+        """
+        super().__init__()
+        self.shape = shape
+        self.kernel = kernel
+        self.dropout = dropout
+        self.grad_cp = False
+        self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # no element type
+            Block(time_mix(shape, layer), channel_mix(shape, layer), shape, layer, dropout)
+            for layer in range(shape.n_layer)
+        )
+        self.ln_out = nn.LayerNorm(shape.n_embd)
+        self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Logits (B, T, V) of `tokens` (B, T), int64, T >= 1, and the state after the last of them."""
+        x, state = self.hidden(tokens, state)
+        return self.head(x), state
+
+    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Everything before the head: (B, T, C) after the last LayerNorm, and the state after the last token."""
+        x = self.blocks[0].ln0(F.dropout(self.emb(tokens), self.dropout, self.training))
+        if state is None:
+            state = self.initial_state(len(tokens), x)
+        carried: list[Tensor] = []
+        states = []
+        for layer, block in enumerate(self.blocks):
+            before = (state.att_shift[layer], state.wkv[layer], state.ffn_shift[layer])
+            if self.grad_cp and self.training:
+                x, after, *carried = checkpoint(block, x, before, self.kernel, *carried, use_reentrant=False)
+            else:
+                x, after, *carried = block(x, before, self.kernel, *carried)
+            states.append(after)
+        att_shift, wkv, ffn_shift = (torch.stack(part) for part in zip(*states, strict=True))
+        return self.ln_out(x), State(att_shift, wkv, ffn_shift)
+
+    def initial_state(self, batch: int, like: Tensor) -> State:
+        """The state before the first token: zeros, or the tuned `time_state` of a model that has one."""
+        state = State.zeros(self.shape, batch, like.device, like.dtype)
+        tuned = [block.att.time_state for block in self.blocks if block.att.time_state is not None]
+        if tuned:
+            wkv = torch.stack([time_state.to(state.wkv.dtype) for time_state in tuned])
+            state.wkv = wkv[:, None].expand(-1, batch, -1, -1, -1)
+        return state
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Set every parameter to its value in the reference's rwkv-init.pth."""
+        V, C = self.emb.weight.shape
+        self.emb.weight.uniform_(-1e-4, 1e-4, generator=generator)
+        orthogonal_(self.head.weight, 0.5 * math.sqrt(V / C) if V > C else 0.5, generator)
+        self.ln_out.reset_parameters()
+        for block in self.blocks:
+            block.initialise(generator)
+
+
+class Block(nn.Module):
+    """Time mixing, then channel mixing, each added to the residual stream."""
+
+    def __init__(self, att: TimeMixing, ffn: ChannelMixing, shape: ModelShape, layer: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(shape.n_embd)
+        self.ln1 = nn.LayerNorm(shape.n_embd)
+        self.ln2 = nn.LayerNorm(shape.n_embd)
+        self.att = att
+        self.ffn = ffn
+
+    def forward(
+        self, x: Tensor, before: LayerState, kernel: str, *carried: Tensor
+    ) -> tuple[Tensor, LayerState, *tuple[Tensor, ...]]:
+        """The residual stream after this block, the layer's state after the last token, and what time mixing carries to
+        the next block (the first values, in RWKV-7)."""
+        att_shift, wkv, ffn_shift = before
+        att_in = self.ln1(x)
+        y, wkv, *carried_on = self.att(att_in, att_shift, wkv, kernel, *carried)
+        x = F.dropout(x + y, self.dropout, self.training)
+        ffn_in = self.ln2(x)
+        x = F.dropout(x + self.ffn(ffn_in, ffn_shift), self.dropout, self.training)
+        return x, (att_in[:, -1], wkv, ffn_in[:, -1]), *carried_on
+
+    def initialise(self, generator: torch.Generator) -> None:
+        for norm in (m for m in self.children() if isinstance(m, nn.LayerNorm)):
+            norm.reset_parameters()
+        self.att.initialise(generator)
+        self.ffn.initialise(generator)
+
+
+def previous(x: Tensor, before: Tensor) -> Tensor:
+    """`x` (B, T, C) one token later, beginning with `before` (B, C)."""
+    return torch.cat([before[:, None], x[:, :-1]], dim=1)
+
+
+def token_shift(x: Tensor, before: Tensor, *mixes: Tensor) -> list[Tensor]:
+    """For each mix m: x + m * (x_{t-1} - x_t). `x` is (B, T, C), `before` (B, C) what came before its first token."""
+    difference = previous(x, before) - x
+    return [torch.addcmul(x, difference, mix) for mix in mixes]
+
+
+def vector(channels: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(1, 1, channels))
+
+
+def matrix(*size: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*size))
+
+
+def projection(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+@torch.no_grad()
+def set_(parameter: Tensor, values: Tensor) -> None:
+    parameter.copy_(values.view_as(parameter))
+
+
+def orthogonal_(parameter: Tensor, gain: float, generator: torch.Generator) -> None:
+    nn.init.orthogonal_(parameter, gain, generator=generator)
