@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from rookery import __version__
 from rookery.errors import Interrupted, UserError
-from rookery.i18n import LANGUAGES, N_, _, language, set_language
+from rookery.i18n import LANGUAGES, N_, _, set_language
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,10 +42,9 @@ class LazyGroup(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         return name, command and load_command(str(name)), rest
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        for name, command in self.commands.items():
-            command.short_help = _(COMMANDS[name])
-        super().format_commands(ctx, formatter)
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _translate(self)  # not before, since --lang is read first
+        super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -89,22 +88,23 @@ def _choose_language(name: str | None) -> None:
 app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.callback(help="Raise RWKV language models.")
+@app.callback()
 def _options(
-    lang: str = typer.Option(None, "--lang", metavar="en|zh", is_eager=True, callback=_choose_language),
-    version: bool = typer.Option(False, "--version", is_eager=True, callback=_say_version),
-) -> None: ...
+    lang: str = typer.Option(
+        None, "--lang", metavar="en|zh", is_eager=True, callback=_choose_language, help="Language of messages and help"
+    ),
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_say_version, help="Print the version and exit"
+    ),
+) -> None:
+    """Raise RWKV language models: data, pretraining, fine-tuning, chat."""
 
 
 def build() -> LazyGroup:
     """The root command."""
     root = typer.main.get_command(app)
     assert isinstance(root, LazyGroup)
-    root.commands = {name: TyperCommand(name, rich_markup_mode=None) for name in COMMANDS}
-    root.help = _("Raise RWKV language models: data, pretraining, fine-tuning, chat.")
-    helps = {"lang": _("Language of messages and help"), "version": _("Print the version and exit")}
-    for parameter in root.params:
-        parameter.help = helps[parameter.name]
+    root.commands = {name: TyperCommand(name, help=text, rich_markup_mode=None) for name, text in COMMANDS.items()}
     return root
 
 

@@ -1,4 +1,4 @@
-"""`rookery train`: every flag comes from the configuration tree, and every flag of the reference trainers is answered."""
+"""`rookery train`: its flags are the leaves of the configuration tree; those of the reference trainers work too."""
 
 from __future__ import annotations
 

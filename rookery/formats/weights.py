@@ -105,7 +105,7 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
                 _("{path} holds more than tensors and would run code when read; it is refused", path=file)
             ) from error
         raise UserError(damaged) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # an unpickler that meets arbitrary bytes raises whatever they lead it to
         raise UserError(damaged) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

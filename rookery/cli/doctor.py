@@ -1,0 +1,214 @@
+"""`rookery doctor`: what this machine has, which back-end serves each op, and what to install for a faster one."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from rookery.i18n import _
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+PACKAGES = ("torch", "numpy", "numba", "triton", "safetensors", "wandb", "tensorboard")
+
+
+@app.command()
+def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON")) -> None:
+    """Say what this machine has, which back-end each operation will use and why, and what would make it faster."""
+    facts = examine()
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False, indent=1))
+        return
+    _print(facts)
+
+
+def examine() -> dict[str, Any]:
+    """Machine, packages, devices, the back-ends of each op on each device, and advice."""
+    facts = {
+        "machine": machine(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "devices": devices(),
+        "ops": back_ends(),
+    }
+    return facts | {"advice": advice(facts)}
+
+
+def machine() -> dict[str, Any]:
+    """Operating system, Python, processor, cores this process may use, and memory in bytes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "system": platform.platform(),
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "processor": processor(),
+        "cores": cores,
+        "memory": memory(),
+        "free_disk": shutil.disk_usage(Path.cwd()).free,
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    for line in text.splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory() -> int | None:
+    """Physical memory in bytes, or None where the system does not tell."""
+    if sys.platform == "win32":
+        return _windows_memory()
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _windows_memory() -> int:
+    class Status(ctypes.Structure):
+        """MEMORYSTATUSEX of the Windows API."""
+
+        _fields_ = [
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *(
+                (name, ctypes.c_ulonglong)
+                for name in ("total", "free", "page", "free_page", "virtual", "free_virtual", "extended")
+            ),
+        ]
+
+    status = Status(length=ctypes.sizeof(Status))
+    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return int(status.total)
+
+
+def version(package: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def devices() -> list[dict[str, Any]]:
+    """What PyTorch can compute on: name, memory in bytes, and whether bf16 is native."""
+    import torch
+
+    found: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": processor(),
+            "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "memory": properties.total_memory,
+                "capability": f"{properties.major}.{properties.minor}",
+                "bf16": properties.major >= 8 or torch.version.hip is not None,
+            }
+        )
+    return found
+
+
+def back_ends() -> list[dict[str, Any]]:
+    """For each op, device and precision of training: the back-end that serves it, and why others cannot."""
+    import torch
+
+    from rookery.ops.backend import Call
+    from rookery.ops.wkv7 import OP
+
+    kinds = [("cpu", torch.float32)]
+    if torch.cuda.is_available():
+        kinds += [("cuda", torch.bfloat16), ("cuda", torch.float32)]
+    answers = []
+    for device, dtype in kinds:
+        call = Call(device=device, dtype=dtype, head_size=64, length=512, needs_grad=True)
+        reasons = OP.explain(call)
+        chosen = next(name for name, reason in reasons if reason is None)
+        refused = {name: reason for name, reason in reasons if reason is not None}
+        precision = str(dtype).removeprefix("torch.")
+        answers.append({"op": OP.name, "device": device, "dtype": precision, "uses": chosen, "refused": refused})
+    return answers
+
+
+def advice(facts: dict[str, Any]) -> list[str]:
+    """What to install for more speed, most useful first."""
+    import torch
+
+    packages, said = facts["packages"], []
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            said.append(
+                _(
+                    "There is an NVIDIA driver, but PyTorch {version} is built for the CPU: install a CUDA build "
+                    "(https://pytorch.org/get-started/locally).",
+                    version=packages["torch"],
+                )
+            )
+        else:
+            said.append(
+                _(
+                    "PyTorch is built for CUDA {cuda} but finds no GPU: the NVIDIA driver may be older than that.",
+                    cuda=torch.version.cuda,
+                )
+            )
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        said.append(_("Install Triton for the fast GPU kernels: pip install {package}", package=package))
+    if importlib.util.find_spec("numba") is None:
+        said.append(_("Install Numba for the fast CPU kernels: pip install numba"))
+    return said
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rookery.cli.inspect import print_rows
+
+    own, found = facts["machine"], facts["packages"]
+    table = [
+        (_("system"), own["system"]),
+        ("Python", own["python"]),
+        (_("processor"), _("{name}, {cores} cores", name=own["processor"], cores=own["cores"])),
+        (_("memory"), _gigabytes(own["memory"])),
+        (_("free disk"), _gigabytes(own["free_disk"])),
+        (_("packages"), ", ".join(f"{name} {number or '-'}" for name, number in found.items())),
+    ]
+    for device in facts["devices"]:
+        about = [device["name"]]
+        if "memory" in device:
+            about += [_gigabytes(device["memory"]), f"compute {device['capability']}"]
+            about.append("bf16" if device["bf16"] else _("no bf16"))
+        else:
+            about += [_("{count} threads", count=device["threads"]), device["instructions"]]
+        table.append((device["device"], ", ".join(about)))
+    for answer in facts["ops"]:
+        label = f"{answer['op']} {answer['device']} {answer['dtype']}"
+        text = _("uses {name}", name=answer["uses"])
+        text += "".join(f"\n{name}: {reason}" for name, reason in answer["refused"].items())
+        table.append((label, text))
+    print_rows(table)
+    for sentence in facts["advice"]:
+        typer.echo("\n" + sentence)
+
+
+def _gigabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:,.1f} GiB"
