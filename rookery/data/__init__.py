@@ -1,0 +1,21 @@
+"""Training data: sources, binidx files, samplers and masks."""
+
+from __future__ import annotations
+
+from rookery.data.binidx import BinIdx, BinIdxWriter
+from rookery.data.dataset import Dataset, Facts, open_dataset
+from rookery.data.make import Made, make
+from rookery.data.sampler import is_prime, magic_prime, sample_offset
+
+__all__ = [
+    "BinIdx",
+    "BinIdxWriter",
+    "Dataset",
+    "Facts",
+    "Made",
+    "is_prime",
+    "magic_prime",
+    "make",
+    "open_dataset",
+    "sample_offset",
+]

@@ -12,9 +12,6 @@ import numpy as np
 from rookery.errors import UserError
 from rookery.i18n import _
 
-FILE_NAME = "vocab.json"
-"""Name under which a run directory keeps its character vocabulary."""
-
 END_OF_DOCUMENT = "\0"
 """The character that ends a document. Sorted first, it gets id 0, as in the World vocabulary."""
 
@@ -30,10 +27,13 @@ class Character:
         end_of_document: id of U+0000 when the vocabulary has it (one built for documents does), else None.
         name: path of the vocabulary, or "char" when it was not read from a file.
         dtype: numpy dtype of the ids, uint16 where they fit, else int32.
+        file_suffix: of the file that `save` writes.
 
     Raises:
         UserError: the file is missing, or not a character vocabulary.
     """
+
+    file_suffix = ".json"
 
     def __init__(self, vocabulary: str | Path | Iterable[str]) -> None:
         if isinstance(vocabulary, str | Path):
@@ -115,7 +115,7 @@ class Character:
             sizes: int32 (documents), ids of each.
 
         Raises:
-            UserError: a character is not in the vocabulary, or the end of a document is not.
+            UserError: a character is not in the vocabulary, or the end of a document is not, or it is within one.
         """
         if end and self.end_of_document is None:
             message = _(
@@ -125,7 +125,10 @@ class Character:
         mark = END_OF_DOCUMENT if end else ""
         texts = [document.decode("utf-8") + mark for document in documents]
         sizes = np.fromiter(map(len, texts), np.int32, len(texts))
-        return self.encode_array("".join(texts)), sizes
+        text = "".join(texts)
+        if end and text.count(mark) > len(texts):
+            raise UserError(_("a document contains the character U+0000, which ends documents in this vocabulary"))
+        return self.encode_array(text), sizes
 
     def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Encode one long text that comes in pieces."""

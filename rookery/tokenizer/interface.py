@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,9 +15,12 @@ class Tokenizer(Protocol):
     name: str
     vocab_size: int
     dtype: type[np.generic]
+    file_suffix: str
 
     @property
     def end_of_document(self) -> int | None: ...
+
+    def save(self, path: str | Path) -> None: ...
 
     def encode(self, text: str | bytes) -> list[int]: ...
 

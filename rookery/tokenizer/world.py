@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import lzma
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib import resources
@@ -36,6 +37,7 @@ class World:
         end_of_document: 0.
         name: what `load` takes to get this tokenizer again: "world" or the path.
         dtype: numpy dtype of the ids, uint16 where they fit, else int32.
+        file_suffix: of the file that `save` writes; empty for the World vocabulary, which needs none.
 
     Raises:
         UserError: the file is missing, or not such a vocabulary.
@@ -48,14 +50,23 @@ class World:
             data, ends, ids = _world_vocabulary()
             self.name = "world"
             self.vocab_size = VOCAB_SIZE
+            self.file_suffix = ""
         else:
             data, ends, ids = read_vocabulary(Path(path))
             self.name = str(path)
             self.vocab_size = int(ids.max()) + 1
+            self.file_suffix = ".txt"
         self.dtype: type[np.generic] = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
         self._data, self._ends, self._ids = data, ends, ids
         self._longest = int(np.diff(ends, prepend=0).max())
         self._entries, self._values = _trie.build(data, ends, ids.astype(self.dtype))
+
+    def save(self, path: str | Path) -> None:
+        """Write the vocabulary in the World format."""
+        lines = [f"{i} {token!r} {len(token)}\n" for i, token in self._bytes.items() if i != self.end_of_document]
+        partial = Path(f"{path}.partial")
+        partial.write_text("".join(lines), encoding="utf-8", newline="\n")
+        os.replace(partial, path)
 
     def encode(self, text: str | bytes) -> list[int]:
         """The ids of a text (as UTF-8) or of bytes.

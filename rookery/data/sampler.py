@@ -1,0 +1,126 @@
+"""Which window of the token stream a sample is: pure functions of the sample's number.
+
+So a run can begin anywhere, and every device finds its own samples without talking to the others.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+
+MINI_EPOCH = 40320
+"""Samples of a mini-epoch in the reference: the unit of its log, its checkpoints and its sample numbers."""
+
+
+def is_prime(n: int) -> bool:
+    """Whether `n` is prime: Miller-Rabin with the first 12 primes as bases, which is exact below 3.3e24."""
+    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+    if n < 2:
+        return False
+    for base in bases:
+        if n % base == 0:
+            return n == base
+    odd, halvings = n - 1, 0
+    while odd % 2 == 0:
+        odd //= 2
+        halvings += 1
+    for base in bases:
+        x = pow(base, odd, n)
+        if x in (1, n - 1):
+            continue
+        for _ in range(halvings - 1):
+            x = x * x % n
+            if x == n - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def magic_prime(tokens: int, ctx_len: int) -> int:
+    """The largest prime p <= tokens // ctx_len - 1 with p % 3 == 2, or 0 when there is none (fewer than 3 ctx_len tokens).
+
+    With p % 3 == 2 the map i -> i**3 mod p is a permutation: the cubic sampler meets every window once in p samples.
+    """
+    for n in range(tokens // ctx_len - 1, 1, -1):
+        if n % 3 == 2 and is_prime(n):
+            return n
+    return 0
+
+
+def prime_fits(prime: int, tokens: int, ctx_len: int) -> bool:
+    """Whether the reference trainers accept `prime` for this data: p prime, p % 3 == 2, 0.9 < p / (tokens // ctx_len) <= 1."""
+    windows = tokens // ctx_len
+    return is_prime(prime) and prime % 3 == 2 and windows * 0.9 < prime <= windows
+
+
+def sample_offset(index: int, *, rank: int, world_size: int, epoch: int, ctx_len: int, prime: int) -> int:
+    """First token of a sample, as the reference's dataset computes it.
+
+    Args:
+        index: number of the sample among those of this rank in this mini-epoch, from 0.
+        rank, world_size: this device among all devices.
+        epoch: number of the mini-epoch (the reference's epoch_begin included).
+        ctx_len: tokens of a sample.
+        prime: from `magic_prime`.
+
+    Returns:
+        The offset in tokens; ctx_len + 1 tokens from there are input and targets.
+    """
+    return CubicSampler(prime, ctx_len).offset(epoch * MINI_EPOCH + index * world_size + rank)
+
+
+class Sampler(Protocol):
+    """Gives sample number `index` (0, 1, 2, … over the whole run and all devices) its first token.
+
+    `period` samples cover the data once; `name` is what a run reports.
+    """
+
+    name: str
+    period: int
+
+    def offset(self, index: int) -> int: ...
+
+
+class CubicSampler:
+    """The prime-cubic order of RWKV-LM: window (factor * i**3) mod prime, i = index + 1, in exact integers."""
+
+    name = "cubic"
+
+    def __init__(self, prime: int, ctx_len: int) -> None:
+        self.period = prime
+        self._ctx_len = ctx_len
+        self._factor = int(prime * ((math.sqrt(5) - 1) / 2))
+
+    def offset(self, index: int) -> int:
+        return self._factor * (index + 1) ** 3 % self.period * self._ctx_len
+
+
+class CoverSampler:
+    """For data too small for the prime rule: every token is a target once in `period` samples, in a new order each time.
+
+    The windows tile the data; the last one is moved back to end with it. Data shorter than a window is one window.
+
+    Args:
+        tokens: length of the data.
+        ctx_len: tokens of a sample.
+        seed: of the order.
+    """
+
+    name = "cover"
+
+    def __init__(self, tokens: int, ctx_len: int, seed: int) -> None:
+        self.period = max(1, -(-(tokens - 1) // ctx_len))
+        self._last = max(0, tokens - 1 - ctx_len)
+        self._ctx_len = ctx_len
+        self._seed = seed
+        self._order = (-1, np.empty(0, np.int64))
+
+    def offset(self, index: int) -> int:
+        turn, place = divmod(index, self.period)
+        if self._order[0] != turn:
+            # RandomState, because numpy promises that its numbers never change: a resumed run keeps its order.
+            self._order = (turn, np.random.RandomState([self._seed, turn]).permutation(self.period))
+        return min(int(self._order[1][place]) * self._ctx_len, self._last)
