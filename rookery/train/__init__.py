@@ -1,0 +1,7 @@
+"""Training: the loop, optimiser, schedule, run directory, exact resume and logging."""
+
+from rookery.train.callbacks import Callback, RunFacts
+from rookery.train.monitor import Record
+from rookery.train.run import RunResult, prepare, run
+
+__all__ = ["Callback", "Record", "RunFacts", "RunResult", "prepare", "run"]

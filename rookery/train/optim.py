@@ -41,18 +41,18 @@ def parameter_groups(
         second_stage: `train_stage 2`, where x052 and x060 raise all time-mixing parameters to scale 5.
     """
     kind = _x070_kind if version == "x070" else _x052_x060_kind
-    fast, fastest = ("3x", "2x") if second_stage and version != "x070" else ("2x", "1x")
+    raised = second_stage and version != "x070"
+    group_of = {"mix": "2x", "decay rate": "3x"} if raised else {"mix": "1x", "decay rate": "2x"}
     members: dict[str, list[str]] = {"1x": [], "2x": [], "3x": [], "decay": []}
     for name, tensor in sorted(parameters, key=lambda item: item[0]):
-        group = kind(name) if layerwise_lr else None
-        if group is None:
+        kind_of_name = kind(name) if layerwise_lr else None
+        if kind_of_name is None:
             matrix = tensor.squeeze().dim() >= 2 and ".weight" in name
-            group = "decay" if weight_decay and matrix else "1x"
-        members[{"mix": fastest, "decay rate": fast}.get(group, group)].append(name)
+            kind_of_name = "decay" if weight_decay and matrix else "1x"
+        members[group_of.get(kind_of_name, kind_of_name)].append(name)
 
     groups = [Group(1.0, False, members["1x"])]
     if layerwise_lr:
-        raised = second_stage and version != "x070"
         groups.append(Group(5.0 if raised else 2.0, False, members["2x"]))
         if version != "x070":
             groups.append(Group(5.0 if raised else 3.0, False, members["3x"]))

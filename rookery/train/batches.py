@@ -1,0 +1,96 @@
+"""Samples of the data set as batches on the device, from any position on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from rookery.train.loop import Batch
+
+
+class Samples(Protocol):
+    """What the training reads: samples by number (0, 1, 2 … over the whole training and all devices)."""
+
+    def batch(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets, each (samples, ctx_len) int64; -100 = not trained."""
+
+
+def batches(
+    open_samples: Callable[[], Samples],
+    first_sample: int,
+    micro_bsz: int,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """Batches without end; sample i of this rank is `first_sample + i * world_size + rank`.
+
+    Args:
+        open_samples: opens the data; called once in each process that reads, so it must be picklable for workers.
+        first_sample: samples that all ranks together have read before.
+        num_workers: processes that read ahead; 0 = read here when a batch is wanted.
+    """
+    groups = _groups(count(first_sample + rank, world_size), micro_bsz)
+    read: Iterator[tuple[np.ndarray, np.ndarray]]
+    if num_workers:
+        loader: Any = DataLoader  # its types know only data sets with a length
+        read = iter(
+            loader(
+                _Reader(open_samples),
+                batch_sampler=groups,
+                collate_fn=_unchanged,
+                num_workers=num_workers,
+                worker_init_fn=_ignore_ctrl_c,
+                multiprocessing_context="spawn",
+                # Its own generator: reading data must not move that of the training.
+                generator=torch.Generator(),
+            )
+        )
+    else:
+        read = map(open_samples().batch, groups)
+    for first, (tokens, targets) in zip(count(first_sample, micro_bsz * world_size), read, strict=False):
+        yield to_device(tokens, targets, first, device)
+
+
+def to_device(tokens: np.ndarray, targets: np.ndarray, first_sample: int, device: torch.device) -> Batch:
+    """The arrays of `Samples.batch` as a batch on `device`; a GPU's copy is not waited for."""
+    trained = int((targets != -100).sum())
+    pair = [torch.from_numpy(array) for array in (tokens, targets)]
+    if device.type == "cuda":
+        pair = [tensor.pin_memory().to(device, non_blocking=True) for tensor in pair]
+    return Batch(pair[0], pair[1], trained, first_sample)
+
+
+def _groups(numbers: Iterator[int], size: int) -> Iterator[list[int]]:
+    while True:
+        yield list(islice(numbers, size))
+
+
+class _Reader:
+    """Opens the data in the process that reads them: mapped files do not travel between processes."""
+
+    def __init__(self, open_samples: Callable[[], Samples]) -> None:
+        self._open = open_samples
+        self._samples: Samples | None = None
+
+    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        if self._samples is None:
+            self._samples = self._open()
+        return self._samples.batch(indices)
+
+
+def _unchanged(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return batch
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to every process; the trainer still needs the batches of its last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,78 @@
+"""What went wrong when loss or gradients are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rookery.i18n import _
+from rookery.train.loop import Batch, LossFunction, Step
+
+
+def save_batch(step: Step, folder: Path) -> Path:
+    """Writes nan-batch-step-N.safetensors: `tokens` and `targets`, (sequences, T) int64, of the whole step."""
+    file = folder / f"nan-batch-step-{step.number}.safetensors"
+    tensors = {
+        "tokens": torch.cat([batch.tokens for batch in step.batches]).cpu(),
+        "targets": torch.cat([batch.targets for batch in step.batches]).cpu(),
+    }
+    metadata = {
+        "step": str(step.number),
+        "first_sample": str(step.batches[0].first_sample),
+        "loss": str(step.loss.item()),
+        "grad_norm": str(step.grad_norm.item()),
+        "lr": str(step.rates.lr),
+    }
+    save_file(tensors, file, metadata=metadata)
+    return file
+
+
+def first_bad_tensor(model: nn.Module, loss_function: LossFunction, batches: Sequence[Batch]) -> str:
+    """Repeats the step and names the first tensor that holds NaN or Inf: a parameter, an activation or a gradient."""
+    for name, parameter in model.named_parameters():
+        if not _finite(parameter):
+            return _("parameter {name}", name=name)
+    for batch in batches:
+        bad = _bad_activation(model, loss_function, batch)
+        if bad is not None:
+            return _("activation {name}", name=bad)
+        bad_gradients = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+        if bad_gradients:
+            # Gradients go from the head to the embedding: the last in the order of the model went bad first.
+            return _("gradient of {name}", name=bad_gradients[-1])
+    return _("none: the same batch is finite when it is repeated")
+
+
+def _bad_activation(model: nn.Module, loss_function: LossFunction, batch: Batch) -> str | None:
+    """Runs forward and backward, and names the first module whose output is not finite."""
+    bad: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            if not all(_finite(tensor) for tensor in outputs if isinstance(tensor, Tensor)):
+                bad.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        model.zero_grad(set_to_none=True)
+        loss = loss_function(model, batch.tokens, batch.targets)
+        if not bad and not _finite(loss):
+            bad.append("loss")
+        if not bad:
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return bad[0] if bad else None
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.detach().isfinite().all())

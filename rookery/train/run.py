@@ -1,0 +1,410 @@
+"""A training run from configuration to rwkv-final.pth."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rookery.config import Origins, Resolved, TrainConfig, differences, parse, resolve, to_toml
+from rookery.data import Dataset, open_dataset
+from rookery.errors import Interrupted, UserError
+from rookery.formats import assign, write_pth
+from rookery.i18n import _
+from rookery.models import Model, ModelShape, create, initialise
+from rookery.ops import head_loss
+from rookery.train import checkpoint, divergence
+from rookery.train.batches import batches
+from rookery.train.callbacks import Callback, MetricsFile, Observers, RunFacts, StatusFile
+from rookery.train.device import describe, device_facts
+from rookery.train.interrupt import StopRequest
+from rookery.train.keeper import Keeper, Progress
+from rookery.train.loop import LossFunction, fit
+from rookery.train.monitor import Diverged, Monitor
+from rookery.train.optim import build_optimizer, parameter_groups
+from rookery.train.precision import DTYPES, set_matmul_precision
+from rookery.train.progress import display
+from rookery.train.rundir import Phase, RunDir, RunFiles, replace_text
+from rookery.train.schedule import Schedule
+from rookery.train.start import Start, find_start
+from rookery.train.strategies import Engine, check_devices, create_engine
+from rookery.train.trackers import TensorBoard, WandB
+from rookery.train.validate import Validation
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended that did not fail."""
+
+    step: int
+    """Optimiser steps done, over all sessions."""
+    loss: float | None
+    """Smoothed training loss at the end; None when nothing was trained."""
+    val_loss: float | None
+    tokens: int
+    """Tokens read, over all sessions."""
+    proj_dir: Path
+    final_path: Path
+    """The weights to use: rwkv-final.pth, or rwkv-init.pth of stage 1."""
+    exit_reason: str
+    """For people: why it ended."""
+
+
+def prepare(config: TrainConfig, origins: Origins | None = None) -> Resolved:
+    """Everything that `run` would decide, from data, checkpoint and machine; nothing is written.
+
+    Raises:
+        UserError: data or weights are missing, or do not fit what was asked for.
+    """
+    return _Preparation(config, origins, RunFiles(config.run.proj_dir), report=lambda text: None).resolved
+
+
+def run(config: TrainConfig, origins: Origins | None = None, *, callbacks: Iterable[Callback] = ()) -> RunResult:
+    """Trains, or goes on training, in the run directory `config.run.proj_dir`.
+
+    Ctrl-C and SIGTERM finish the step and save; the same call then goes on so that on a CPU all losses are those of an
+    uninterrupted run, bit for bit.
+
+    Args:
+        config: what to train; open values are found from data, checkpoint and machine.
+        origins: where its values came from, as `rookery.config.parse` tells, for messages.
+        callbacks: followers of the run, beside those that write its files and display it.
+
+    Raises:
+        UserError: something asked for is wrong or impossible, the run directory is in use or belongs to another
+            configuration, the disk is full, or the training diverged.
+        Interrupted: stopped on request, with everything saved.
+    """
+    rundir = RunDir(config.run.proj_dir)
+    observers = Observers([display(), *callbacks])
+    phase: Phase = "failed"
+    reason = ""
+    stop = StopRequest()
+    try:
+        with stop:
+            result = _run(config, origins, rundir, observers, stop)
+        phase, reason = "done", result.exit_reason
+        return result
+    except Interrupted as error:
+        phase, reason = "stopped", str(error)
+        raise
+    except KeyboardInterrupt:
+        phase, reason = "stopped", _("Stopped at once. The same command goes on from the last checkpoint.")
+        raise Interrupted(reason) from None
+    except UserError as error:
+        reason = str(error)
+        raise
+    except BaseException:
+        reason = traceback.format_exc()
+        raise
+    finally:
+        observers.on_end(phase, reason)
+        rundir.close()
+
+
+class _Preparation:
+    """Data, starting point and resolved configuration."""
+
+    def __init__(
+        self, config: TrainConfig, origins: Origins | None, files: RunFiles, report: Callable[[str], None]
+    ) -> None:
+        check_devices(config.device)
+        self.start = find_start(config, files, report)
+        model_facts = self.start.model_facts()
+        vocab_size = config.model.vocab_size if model_facts is None else model_facts["vocab_size"]
+        self.dataset = open_dataset(config.data, vocab_size=vocab_size, seed=max(0, config.run.random_seed))
+        self.resolved = resolve(
+            config,
+            origins,
+            model_facts=model_facts,
+            data_facts=vars(self.dataset.facts),
+            device_facts=device_facts(),
+        )
+
+
+def _run(
+    config: TrainConfig, origins: Origins | None, rundir: RunDir, observers: Observers, stop: StopRequest
+) -> RunResult:
+    observers.add(StatusFile(rundir))
+    observers.on_phase("preparing")
+    prepared = _Preparation(config, origins, rundir, observers.on_message)
+    start, dataset = prepared.start, prepared.dataset
+    config = prepared.resolved.config
+    for note in [*dataset.notes, *prepared.resolved.notes]:
+        observers.on_message(note)
+    if start.checkpoint is not None:
+        _refuse_other_configuration(rundir, config)
+    replace_text(rundir.config_file, to_toml(config, origins=prepared.resolved.origins))
+    dataset.save_vocabulary(rundir.path)
+
+    _set_seeds(config.run.random_seed)
+    set_matmul_precision(str(config.run.precision))
+    model = _build_model(config, start, rundir)
+    if config.run.train_stage == 1:
+        file = rundir.weights_file("init")
+        return RunResult(0, None, None, 0, rundir.path, file, _("initial weights are in {file}", file=file))
+    engine = _build_engine(config, model)
+    progress = _restore(config, start, engine)
+    return _train(config, dataset, engine, progress, rundir, observers, stop)
+
+
+def _refuse_other_configuration(rundir: RunDir, config: TrainConfig) -> None:
+    """
+    Raises:
+        UserError: the run directory belongs to a run that would give other losses.
+    """
+    if not rundir.config_file.exists():
+        return
+    before = parse([], rundir.config_file).config
+    found = differences(before, config)
+    if found:
+        lines = "\n".join(f"  {d.leaf}: {d.before} -> {d.after}" for d in found)
+        raise UserError(
+            _(
+                "{folder} holds a run with another configuration:\n{lines}\n"
+                "Give the same values to go on with it, or another --proj_dir to begin a new run.",
+                folder=rundir.path,
+                lines=lines,
+            )
+        )
+
+
+def _set_seeds(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _build_model(config: TrainConfig, start: Start, rundir: RunDir) -> Model:
+    """The model on the CPU with fp32 weights. A new one is written to rwkv-init.pth, and begins as that file says."""
+    dtype = DTYPES[str(config.run.precision)]
+    model = create(ModelShape.of_config(config.model), kernel=config.run.kernel)
+    model.grad_cp = bool(config.run.grad_cp)
+    if start.tensors is not None:
+        assign(model, start.tensors, str(start.file))
+    else:
+        initialise(model, config.run.random_seed)
+    if start.tensors is None or config.run.train_stage == 1:
+        initial = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        write_pth(rundir.weights_file("init"), initial)
+        model.load_state_dict(initial)
+    return model.train()
+
+
+def _build_engine(config: TrainConfig, model: Model) -> Engine:
+    device = torch.device("cpu" if config.device.accelerator == "cpu" else "cuda")
+    optim = config.optim
+    groups = parameter_groups(
+        ((name, p) for name, p in model.named_parameters() if p.requires_grad),
+        model.version,
+        weight_decay=optim.weight_decay > 0,
+        layerwise_lr=optim.layerwise_lr > 0,
+        second_stage=config.run.train_stage == 2,
+    )
+    build = partial(build_optimizer, groups=groups, betas=(optim.beta1, optim.beta2), eps=float(optim.adam_eps or 0))
+    dtype = DTYPES[str(config.run.precision)]
+    return create_engine(model.to(device), build, dtype=dtype, grad_clip=optim.grad_clip)
+
+
+def _restore(config: TrainConfig, start: Start, engine: Engine) -> Progress:
+    """Puts engine and generators where the checkpoint left them."""
+    if start.checkpoint is None or start.state is None:
+        first_step = start.epoch * int(config.run.epoch_steps or 0)
+        return Progress(run_first_step=first_step, step=first_step)
+    engine.load(start.checkpoint)
+    engine.load_state_dict(start.state["engine"])
+    checkpoint.restore_random_state(start.state)
+    return Progress(**{field.name: start.state[field.name] for field in fields(Progress)})
+
+
+def _schedule(config: TrainConfig, tokens_per_step: int, first_step: int) -> Schedule:
+    optim, run = config.optim, config.run
+    return Schedule(
+        lr_init=float(optim.lr_init or 0),
+        lr_final=float(optim.lr_final or 0),
+        warmup_steps=optim.warmup_steps,
+        tokens_per_step=tokens_per_step,
+        exit_tokens=int(config.data.my_exit_tokens or 0),
+        epoch_steps=int(run.epoch_steps or 0),
+        epoch_count=int(run.epoch_count or 0),
+        first_step=first_step,
+        weight_decay=optim.weight_decay,
+        weight_decay_final=optim.weight_decay_final,
+    )
+
+
+def _train(
+    config: TrainConfig,
+    dataset: Dataset,
+    engine: Engine,
+    progress: Progress,
+    rundir: RunDir,
+    observers: Observers,
+    stop: StopRequest,
+) -> RunResult:
+    """From where `progress` stands to the last step."""
+    run = config.run
+    samples_per_step = engine.world_size * run.micro_bsz * run.accumulate_grad_batches
+    tokens_per_step = samples_per_step * config.data.ctx_len
+    epoch_steps = int(run.epoch_steps or 0)
+    schedule = _schedule(config, tokens_per_step, progress.run_first_step)
+    final = rundir.weights_file("final")
+
+    def result(reason: str) -> RunResult:
+        return RunResult(
+            step=progress.step,
+            loss=progress.smooth_loss,
+            val_loss=progress.val_loss,
+            tokens=progress.step * tokens_per_step,
+            proj_dir=rundir.path,
+            final_path=final,
+            exit_reason=reason,
+        )
+
+    if progress.step >= schedule.total_steps:
+        if not final.exists():
+            write_pth(final, engine.weights())
+        reason = _("all {steps} steps were already trained; the model is {file}", steps=progress.step, file=final)
+        observers.on_message(reason)
+        return result(reason)
+
+    rundir.forget_after(progress.step, epoch=progress.step // epoch_steps)
+    _log_new_run(config, rundir)
+    observers.add(MetricsFile(rundir.metrics_file, config.log.log_every))
+    if config.log.wandb:
+        observers.add(WandB(config, observers.on_message))
+    if config.log.tensorboard:
+        observers.add(TensorBoard(rundir.path / "tensorboard", observers.on_message))
+
+    loss_function = partial(language_loss, chunk=run.head_chunk)
+    monitor = Monitor(engine, observers.on_record, tokens_per_step=tokens_per_step, total_steps=schedule.total_steps)
+    keeper = Keeper(
+        config,
+        progress,
+        engine=engine,
+        rundir=rundir,
+        monitor=monitor,
+        observers=observers,
+        stop=stop,
+        validate=_validator(config, engine, loss_function, stop),
+        epoch_steps=epoch_steps,
+        total_steps=schedule.total_steps,
+    )
+    observers.add(keeper)
+    _announce(config, engine, schedule, progress, rundir, observers)
+    stop.deferred = True
+    monitor.restart_clock()
+    try:
+        fit(
+            engine,
+            loss_function,
+            batches(
+                partial(_open_training_data, config) if config.data.num_workers else lambda: dataset,
+                progress.step * samples_per_step,
+                run.micro_bsz,
+                engine.device,
+                rank=engine.rank,
+                world_size=engine.world_size,
+                num_workers=config.data.num_workers,
+            ),
+            schedule,
+            range(progress.step, schedule.total_steps),
+            accumulate=run.accumulate_grad_batches,
+            after_step=[monitor, keeper],
+        )
+    except Diverged as error:
+        raise UserError(_explain(error, engine, loss_function, rundir)) from error
+    reason = _("trained {steps} steps; the model is {file}", steps=progress.step, file=final)
+    observers.on_message(reason)
+    return result(reason)
+
+
+def _open_training_data(config: TrainConfig) -> Dataset:
+    """The data of a resolved configuration, for processes that read ahead."""
+    return open_dataset(config.data, vocab_size=config.model.vocab_size, seed=config.run.random_seed)
+
+
+def _validator(
+    config: TrainConfig, engine: Engine, loss_function: LossFunction, stop: StopRequest
+) -> Callable[[], float | None] | None:
+    """Computes the validation loss, if there is a `val_file`."""
+    if not config.data.val_file:
+        return None
+    section = config.data.model_copy(update={"magic_prime": None, "data_type": "auto"})
+    dataset = open_dataset(section, vocab_size=config.model.vocab_size, data_file=config.data.val_file)
+    validation = Validation(dataset, config.run.micro_bsz, engine.device)
+    return lambda: validation.loss(engine.model, loss_function, lambda: stop.made)
+
+
+def language_loss(model: nn.Module, tokens: Tensor, targets: Tensor, *, chunk: int = 0) -> Tensor:
+    """Mean cross-entropy of the next token over the trained targets.
+
+    Args:
+        model: any generation.
+        tokens, targets: (B, T) int64; target -100 = not trained.
+        chunk: rows whose logits exist at one time; 0 chooses.
+    """
+    x, _state = model.hidden(tokens)  # type: ignore[operator]
+    return head_loss(x, model.head.weight, targets, chunk=chunk)  # type: ignore[union-attr, arg-type]
+
+
+def _explain(error: Diverged, engine: Engine, loss_function: LossFunction, rundir: RunDir) -> str:
+    """Saves the batch that made the training diverge, and says what the user can do."""
+    step = error.step
+    file = divergence.save_batch(step, rundir.path)
+    return _(
+        "step {step} is not finite (loss {loss}, gradient norm {norm}); first bad tensor: {tensor}. Its batch is in "
+        "{file}, the last good checkpoint is untouched. Lower lr_init, raise warmup_steps, or use --precision bf16 "
+        "or fp32, in a new --proj_dir.",
+        step=step.number,
+        loss=step.loss.item(),
+        norm=step.grad_norm.item(),
+        tensor=divergence.first_bad_tensor(engine.model, loss_function, step.batches),
+        file=file,
+    )
+
+
+def _log_new_run(config: TrainConfig, rundir: RunDir) -> None:
+    """The head of RWKV-LM's train_log.txt: time and settings of this session."""
+    settings = {key: value for section in config.model_dump().values() for key, value in section.items()}
+    with rundir.log_file.open("a", encoding="utf-8") as log:
+        log.write(f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{settings}\n")
+
+
+def _announce(
+    config: TrainConfig, engine: Engine, schedule: Schedule, progress: Progress, rundir: RunDir, observers: Observers
+) -> None:
+    facts = RunFacts(
+        config=config,
+        proj_dir=rundir.path,
+        first_step=progress.step,
+        total_steps=schedule.total_steps,
+        tokens_per_step=schedule.tokens_per_step,
+        epoch_steps=schedule.epoch_steps,
+        parameters=sum(p.numel() for p in engine.model.parameters()),
+        device=str(engine.device),
+    )
+    observers.on_message(
+        _(
+            "{version} L{n_layer} D{n_embd}, {parameters} M parameters, {precision} on {device}; "
+            "{steps} steps of {tokens} tokens, from step {first}",
+            version=config.model.version,
+            n_layer=config.model.n_layer,
+            n_embd=config.model.n_embd,
+            parameters=f"{facts.parameters / 1e6:.3g}",
+            precision=config.run.precision,
+            device=describe(engine.device),
+            steps=facts.total_steps,
+            tokens=facts.tokens_per_step,
+            first=facts.first_step,
+        )
+    )
+    observers.on_start(facts)

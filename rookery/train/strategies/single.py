@@ -1,0 +1,158 @@
+"""The engine for one device: no communication, fp32 master weights when the model is bf16 or fp16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rookery.train.optim import apply_rates
+from rookery.train.precision import LossScale
+from rookery.train.schedule import Rates
+
+WEIGHTS_FILE = "weights.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+class SingleDevice:
+    """Trains a model where it is. Implements `Engine`.
+
+    The optimiser owns fp32 master weights, as DeepSpeed's does for the reference: a bf16 or fp16 model is a rounded
+    copy of them and its gradients are summed in fp32. The masters of an fp32 or fp64 model are its own parameters.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        *,
+        dtype: torch.dtype,
+        grad_clip: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            model: on its device, with unrounded weights (fp32 or fp64); converted to `dtype` here.
+            build_optimizer: makes the optimiser over the master weights, given by name. It must honour the attributes
+                `grad_scale` and `found_inf`, as PyTorch's fused optimisers do, and keep `names` in its groups.
+            dtype: of the model's parameters and activations.
+            grad_clip: largest global norm of the gradients; 0 = no clipping.
+        """
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters: list[Tensor] = list(trained.values())
+        self._rounded = dtype in (torch.bfloat16, torch.float16)
+        self._masters: dict[str, Tensor] = (
+            {name: p.detach().clone() for name, p in trained.items()} if self._rounded else dict(trained)
+        )
+        self.model = model.to(dtype)
+        self.device = self._parameters[0].device
+        self.grad_clip = grad_clip
+        self.optimizer = build_optimizer(self._masters)
+        self._loss_scale = LossScale(self.device) if dtype == torch.float16 else None
+        self._one = torch.ones((), device=self.device)
+        self._diverged = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._loss: Tensor | None = None
+
+    def backward(self, loss: Tensor, *, weight: float, last: bool) -> None:
+        loss = loss * weight
+        scaled = loss if self._loss_scale is None else loss * self._loss_scale.scale
+        scaled.backward()
+        first = self._loss is None
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if self._rounded:
+            self._gather_gradients(first)
+
+    def _gather_gradients(self, first: bool) -> None:
+        """Moves the rounded model's gradients into those of the fp32 masters: copied first, then added."""
+        for master, p in zip(self._masters.values(), self._parameters, strict=True):
+            if p.grad is not None:
+                if first or master.grad is None:
+                    master.grad = p.grad.to(master.dtype)
+                else:
+                    master.grad.add_(p.grad)
+                p.grad = None
+
+    @torch.no_grad()
+    def step(self, rates: Rates) -> tuple[Tensor, Tensor]:
+        assert self._loss is not None, "step without backward"
+        loss, self._loss = self._loss, None
+        masters = list(self._masters.values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in masters if p.grad is not None])
+        scale = self._one if self._loss_scale is None else self._loss_scale.scale
+        norm = norm / scale
+        overflow = ~norm.isfinite()
+        expected = False if self._loss_scale is None else scale > LossScale.SMALLEST
+        self._diverged = self._diverged | ~loss.isfinite() | (overflow & ~torch.as_tensor(expected, device=norm.device))
+
+        # Unscaling, clipping and leaving out a bad update all happen inside the fused kernel: no pass over the
+        # gradients of their own, and no wait for the device.
+        excess = torch.clamp((norm + 1e-6) / self.grad_clip, min=1.0) if self.grad_clip else self._one
+        self.optimizer.grad_scale = (scale * excess).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (self._diverged | overflow).float()  # type: ignore[attr-defined]
+        apply_rates(self.optimizer, rates)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._loss_scale is not None:
+            self._loss_scale.update(overflow)
+        self._publish()
+        return loss, norm
+
+    def _publish(self) -> None:
+        """Rounds the masters into the model."""
+        if self._rounded:
+            torch._foreach_copy_(self._parameters, list(self._masters.values()))
+
+    def total(self, count: int) -> int:
+        return count
+
+    def diverged(self) -> bool:
+        return bool(self._diverged)
+
+    def weights(self, *, master: bool = False) -> dict[str, Tensor]:
+        weights = self.model.state_dict()
+        if master:
+            weights |= self._masters
+        return {name: tensor.detach().cpu() for name, tensor in weights.items()}
+
+    def save(self, folder: Path) -> None:
+        save_file({name: p.detach().contiguous() for name, p in self._masters.items()}, folder / WEIGHTS_FILE)
+        save_file({key: tensor for key, _, _, tensor in self._optimizer_tensors()}, folder / OPTIMIZER_FILE)
+
+    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor, str, Tensor]]:
+        """(name in the file, parameter, name in the optimiser, tensor) of the whole optimiser state."""
+        for group in self.optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                for key, tensor in self.optimizer.state[p].items():
+                    yield f"{key}/{name}", p, key, tensor
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            for name, p in self._masters.items():
+                p.copy_(file.get_tensor(name))
+        parameters = {
+            name: p
+            for group in self.optimizer.param_groups
+            for name, p in zip(group["names"], group["params"], strict=True)
+        }
+        self.optimizer.state.clear()
+        with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
+            for full_name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                key, name = full_name.split("/", 1)
+                # clone: memory of our own, aligned as the optimiser's was
+                self.optimizer.state[parameters[name]][key] = file.get_tensor(full_name).to(self.device, copy=True)
+        self._publish()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._loss_scale is None else {"loss_scale": self._loss_scale.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._loss_scale is not None:
+            self._loss_scale.load_state_dict(state["loss_scale"])
