@@ -67,7 +67,7 @@ class _Flags:
 
     def _take(self, word: str, values: list[str]) -> None:
         name = _name(word)
-        if not word.startswith("-"):
+        if not _is_flag(word):
             self._take_file(word)
         elif name == "config":
             self._take_file(values[0])
@@ -188,7 +188,12 @@ def _read_toml(path: Path) -> tuple[dict[str, Any], Origins]:
     values: dict[str, Any] = {}
     origins: Origins = {}
     for key, value in document.items():
-        table = value if key in TrainConfig.model_fields and isinstance(value, dict) else None
+        table = value if key in TrainConfig.model_fields else None
+        if table is not None and not isinstance(table, dict):
+            place = _place(path, lines, None, key)
+            raise UserError(
+                _("{place}: {key} is a section: write [{key}] and its settings below", place=place, key=key)
+            )
         for leaf, leaf_value in {key: value}.items() if table is None else table.items():
             section = None if table is None else key
             place = _place(path, lines, section, leaf)
@@ -286,14 +291,10 @@ def _problem(error: ErrorDetails, origins: Origins) -> str:
         return _("{said}: must be one of {allowed}", said=said, allowed=allowed)
     if kind == "multiple_of":
         step = limits["multiple_of"]
-        below, above = int(value) // step * step, -(-int(value) // step) * step
-        return _(
-            "{said}: must be a multiple of {step}; the nearest are {below} and {above}",
-            said=said,
-            step=step,
-            below=max(below, step),
-            above=max(above, step),
-        )
+        below = int(value) // step * step
+        nearest = sorted({max(below, step), max(below, 0) + step})
+        examples = " / ".join(map(str, nearest))
+        return _("{said}: must be a multiple of {step}, such as {examples}", said=said, step=step, examples=examples)
     if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
         limit = f"{next(iter(limits.values())):g}"
         sentence = {
