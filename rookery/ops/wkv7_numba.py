@@ -1,8 +1,4 @@
-"""Loops of `wkv7_native`, compiled by Numba.
-
-Each loop writes one array beside the row it updates: with more, LLVM cannot prove that they do not overlap, gives up
-vector registers, and the loop takes five times as long.
-"""
+"""Loops of `wkv7_native`, compiled by Numba."""
 
 from __future__ import annotations
 
@@ -10,16 +6,29 @@ from types import SimpleNamespace
 
 import numpy as np
 from numba import njit, prange
+from numba.core.compiler import Compiler
 
 CHUNK = 16
 # Sums may be reassociated and contracted (that is what lets them use vector registers); NaN and Inf stay what they are.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
+class NoAlias(Compiler):
+    """Compiles functions whose array arguments never overlap.
+
+    Otherwise LLVM must check at run time, and where a loop has many arrays it gives up vector registers: step_back
+    takes three times as long.
+    """
+
+    def define_pipelines(self):  # type: ignore[no-untyped-def]
+        self.state.flags.noalias = True
+        return super().define_pipelines()
+
+
 def build(N: int) -> SimpleNamespace:
     """Kernels for head size `N`. All arrays are C-contiguous; states are (B, H, N, N), [key, value]."""
 
-    @njit(fastmath=FAST, cache=True)
+    @njit(fastmath=FAST, cache=True, pipeline_class=NoAlias)
     def weighted_rows(S, a, out):
         """out = S^T a."""
         for j in range(N):
@@ -29,7 +38,7 @@ def build(N: int) -> SimpleNamespace:
             for j in range(N):
                 out[j] += a0 * S[i, j] + a1 * S[i + 1, j] + a2 * S[i + 2, j] + a3 * S[i + 3, j]
 
-    @njit(fastmath=FAST, cache=True)
+    @njit(fastmath=FAST, cache=True, pipeline_class=NoAlias)
     def step(S, r, d, k, v, b, u, y):
         """Advance the state by one token in place and read it: y = S^T r."""
         for j in range(N):
@@ -41,7 +50,7 @@ def build(N: int) -> SimpleNamespace:
                 S[i, j] = s
                 y[j] += s * ri
 
-    @njit(fastmath=FAST, cache=True)
+    @njit(fastmath=FAST, cache=True, pipeline_class=NoAlias)
     def replay(S, d, k, v, b, u, out):
         """Like `step`, into another state and without reading it."""
         for i in range(N):
@@ -49,36 +58,31 @@ def build(N: int) -> SimpleNamespace:
             for j in range(N):
                 out[i, j] = S[i, j] * di + u[j] * bi + v[j] * ki
 
-    @njit(fastmath=FAST, cache=True)
-    def add_outer(G, r, dy):
-        """G += r dy^T."""
+    @njit(fastmath=FAST, cache=True, pipeline_class=NoAlias)
+    def step_back(before, after, G, r, d, k, v, a, b, u, dy, du, dr, dd, dk, dv, da, db):
+        """Gradients of one token; G is the gradient of the state after it, then before it."""
+        for j in range(N):
+            du[j] = 0
+            dv[j] = 0
         for i in range(N):
-            ri = r[i]
-            for j in range(N):
-                G[i, j] += ri * dy[j]
-
-    @njit(fastmath=FAST, cache=True)
-    def key_gradients(before, after, G, v, u, dy, dr, dk, db, dd):
-        """Sums over values: what reaches r, k, b and the decay."""
-        for i in range(N):
+            ri, bi, ki = r[i], b[i], k[i]
             sum_r = sum_k = sum_b = sum_d = dy.dtype.type(0)
             for j in range(N):
-                g = G[i, j]
+                g = G[i, j] + ri * dy[j]
+                G[i, j] = g
                 sum_r += after[i, j] * dy[j]
                 sum_k += g * v[j]
                 sum_b += g * u[j]
                 sum_d += g * before[i, j]
+                du[j] += g * bi
+                dv[j] += g * ki
             dr[i] = sum_r
             dk[i] = sum_k
             db[i] = sum_b
             dd[i] = sum_d
-
-    @njit(fastmath=FAST, cache=True)
-    def step_back(before, G, d, a, du, da):
-        """Gradient of a, and G from after the token to before it."""
         for i in range(N):
             di, ai = d[i], a[i]
-            sum_a = du.dtype.type(0)
+            sum_a = dy.dtype.type(0)
             for j in range(N):
                 sum_a += before[i, j] * du[j]
                 G[i, j] = G[i, j] * di + ai * du[j]
@@ -111,13 +115,10 @@ def build(N: int) -> SimpleNamespace:
                     replay(states[n], d[i, t, h], k[i, t, h], v[i, t, h], b[i, t, h], u[i, t, h], states[n + 1])
                 for t in range(last - 1, first - 1, -1):
                     n = t - first
-                    add_outer(G[i, h], r[i, t, h], dy[i, t, h])
-                    weighted_rows(G[i, h], k[i, t, h], dv[i, t, h])
-                    weighted_rows(G[i, h], b[i, t, h], du)
-                    key_gradients(
-                        states[n], states[n + 1], G[i, h], v[i, t, h], u[i, t, h], dy[i, t, h],
-                        dr[i, t, h], dk[i, t, h], db[i, t, h], dd[i, t, h],
+                    step_back(
+                        states[n], states[n + 1], G[i, h],
+                        r[i, t, h], d[i, t, h], k[i, t, h], v[i, t, h], a[i, t, h], b[i, t, h], u[i, t, h], dy[i, t, h],
+                        du, dr[i, t, h], dd[i, t, h], dk[i, t, h], dv[i, t, h], da[i, t, h], db[i, t, h],
                     )  # fmt: skip
-                    step_back(states[n], G[i, h], d[i, t, h], a[i, t, h], du, da[i, t, h])
 
     return SimpleNamespace(forward=forward, backward=backward)
