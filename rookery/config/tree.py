@@ -68,8 +68,10 @@ class DataSection(Section):
     ctx_len: int = Field(1024, ge=1, description="Tokens of one sample")
     my_exit_tokens: int | None = Field(None, description="Tokens to train on; all of the data, once, when not given")
     magic_prime: int | None = Field(None, ge=0, description="Prime of the sampler; computed when not given")
-    loss_mask: Literal["none", "pad", "qa", "se"] = Field(
-        "none", description="Which targets count: none = all, qa = what the assistant says, se = between mask_id marks"
+    loss_mask: Literal["none", "pad", "qa", "se", "answer"] = Field(
+        "none",
+        description="Which targets count: none or pad = all, answer = what the assistant says, qa = the same with its "
+        "mark (RWKV-PEFT), se = between mask_id marks",
     )
     mask_id: dict[str, str] | None = Field(
         None, description="Marks of loss_mask se: mask0 ends, mask1 begins a trained span"

@@ -108,6 +108,10 @@ class Dataset:
         samples = [self.sample(index) for index in indices]
         return np.stack([x for x, _y in samples]), np.stack([y for _x, y in samples])
 
+    def save_vocabulary(self, directory: str | Path) -> None:
+        """Keep the tokenizer in a run directory, for whoever reads its weights."""
+        tokenizers.save_beside(self.tokenizer, Path(directory) / "vocab")
+
     def check_ids(self, vocab_size: int) -> None:
         """Make sure that every id is one of `vocab_size`.
 
@@ -183,13 +187,12 @@ def _sampler(tokens: int, data: DataSection, seed: int) -> tuple[Sampler, int, l
     prime = data.magic_prime or found
     if prime_fits(prime, tokens, data.ctx_len):
         return CubicSampler(prime, data.ctx_len), prime, []
-    if data.magic_prime:
+    if prime != found:
         message = _(
-            "magic_prime {prime} does not fit {tokens} tokens at ctx_len {ctx_len}; leave it out, or give {found}",
+            "magic_prime {prime} does not fit {tokens} tokens at ctx_len {ctx_len}; leave it out and it is found",
             prime=prime,
             tokens=tokens,
             ctx_len=data.ctx_len,
-            found=found,
         )
         raise UserError(message)
     cover = CoverSampler(tokens, data.ctx_len, seed)

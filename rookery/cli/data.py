@@ -1,0 +1,204 @@
+"""`rookery data`: make binidx data, and look into them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from rookery.i18n import N_, _
+
+if TYPE_CHECKING:
+    from rookery.data import BinIdx
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=True, help="Make and inspect data.")
+
+# As everywhere in the field, --ctx_len and --ctx-len are the same.
+SETTINGS = {"token_normalize_func": lambda name: name.replace("_", "-")}
+
+LINE_EVERY = 10.0
+"""Seconds between progress lines where there is no terminal."""
+
+
+class OnError(StrEnum):
+    """What to do about lines that hold no document."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@app.command(no_args_is_help=True, context_settings=SETTINGS)
+def make(
+    source: Path = typer.Argument(..., metavar="IN.jsonl", help="A .jsonl or .txt file, or a folder of .txt files"),
+    epochs: int = typer.Argument(1, metavar="N", min=1, help="How often each document is written"),
+    ctx_len: int = typer.Argument(1024, metavar="CTX_LEN", min=1, help="Tokens of a sample, for the magic prime"),
+    output: Path = typer.Option(None, "--output", "-o", metavar="PREFIX", help="Where PREFIX.bin and PREFIX.idx go"),
+    no_shuffle: bool = typer.Option(False, "--no-shuffle", help="Keep the order of the input"),
+    seed: int = typer.Option(0, min=0, help="Decides the order of the documents"),
+    tokenizer: str = typer.Option("world", help="world, char or a vocabulary file"),
+    on_error: OnError = typer.Option(OnError.stop, "--on-error", help="Stop at a bad line, or skip it"),
+    workers: int = typer.Option(0, min=0, help="Processes; 0 = as the machine and the input suggest"),
+) -> None:
+    """Turn text into binidx training data, as the reference's make_data.py does."""
+    from rookery import data
+
+    begun = time.monotonic()
+    with progress_display() as progress:
+        made = data.make(
+            source,
+            epochs,
+            output,
+            tokenizer=tokenizer,
+            shuffle=not no_shuffle,
+            seed=seed,
+            on_error="skip" if on_error is OnError.skip else "stop",
+            workers=workers,
+            progress=progress,
+        )
+    if made.skipped:
+        typer.echo(_("left out {count} bad lines; the first of them:", count=made.skipped))
+        for fault in made.faults:
+            typer.echo(f"  {fault}")
+    typer.echo(
+        _(
+            "{prefix}.bin and .idx: {documents} documents, {tokens} tokens, {dtype}, in {seconds:.1f} s",
+            prefix=made.prefix,
+            documents=made.documents,
+            tokens=made.tokens,
+            dtype=made.dtype.name,
+            seconds=time.monotonic() - begun,
+        )
+    )
+    if made.tokenizer.name != "world":
+        vocabulary = f"{made.prefix}.vocab{made.tokenizer.file_suffix}"
+        typer.echo(_("vocabulary: {path}, {size} ids", path=vocabulary, size=made.tokenizer.vocab_size))
+    echo_prime(made.tokens, ctx_len)
+
+
+@app.command(no_args_is_help=True, context_settings=SETTINGS)
+def info(
+    name: str = typer.Argument(..., metavar="NAME", help="Prefix of binidx data, with or without .bin or .idx"),
+    ctx_len: int = typer.Option(1024, "--ctx-len", min=1, help="Tokens of a sample, for the magic prime"),
+) -> None:
+    """Say what is in binidx data: documents, tokens, lengths, ids, and the flags to train on them."""
+    import numpy as np
+
+    from rookery import tokenizer
+    from rookery.data import BinIdx
+
+    data = BinIdx(name)
+    highest, lowest = id_range(data)
+    kept = tokenizer.load_beside(data.prefix + ".vocab")
+    vocabulary = kept or tokenizer.load("world")
+    rows = [
+        (_("documents"), f"{len(data)}"),
+        (_("tokens"), f"{data.tokens}"),
+        (_("token type"), data.dtype.name),
+        (
+            _("document length"),
+            _(
+                "{shortest} to {longest} tokens, {mean:.1f} on average, half are no longer than {median:.0f}",
+                shortest=data.sizes.min(),
+                longest=data.sizes.max(),
+                mean=data.sizes.mean(),
+                median=np.median(data.sizes),
+            ),
+        ),
+        (_("highest token id"), f"{highest}"),
+        (_("vocabulary"), kept.name if kept else _("none kept beside the data; taken to be World")),
+    ]
+    if 0 <= lowest and highest < vocabulary.vocab_size:
+        start = vocabulary.decode_bytes(data.get(0, 0, min(int(data.sizes[0]), 32)).tolist())
+        rows.append((_("begins with"), repr(start.decode("utf-8", "replace"))))
+    for label, value in rows:
+        typer.echo(f"{label}: {value}")
+    echo_prime(data.tokens, ctx_len)
+
+
+def id_range(data: BinIdx) -> tuple[int, int]:
+    """Highest and lowest id, read in parts."""
+    part = 1 << 24
+    highest: list[int] = []
+    lowest: list[int] = []
+    with progress_display() as progress:
+        for start in range(0, data.tokens, part):
+            tokens = data.stream[start : start + part]
+            highest.append(int(tokens.max()))
+            lowest.append(int(tokens.min()))
+            progress(N_("reading"), min(start + part, data.tokens) * data.dtype.itemsize, data.stream.nbytes)
+    return max(highest), min(lowest)
+
+
+def echo_prime(tokens: int, ctx_len: int) -> None:
+    """The flags that the reference trainers need for this data."""
+    from rookery.data import magic_prime
+
+    prime = magic_prime(tokens, ctx_len)
+    if prime:
+        typer.echo(f"--my_exit_tokens {tokens} --magic_prime {prime} --ctx_len {ctx_len}")
+    else:
+        typer.echo(
+            _(
+                "Too few tokens for a magic prime at ctx_len {ctx_len}: the reference trainers need {needed}. "
+                "rookery train needs none.",
+                ctx_len=ctx_len,
+                needed=3 * ctx_len,
+            )
+        )
+
+
+@contextmanager
+def progress_display() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar with rate and time left on a terminal; elsewhere a line now and then. On stderr."""
+    if not sys.stderr.isatty():
+        yield _progress_lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(_(phase), total=total)
+            bar.update(tasks[phase], completed=done)
+
+        yield show
+
+
+def _progress_lines() -> Callable[[str, int, int], None]:
+    said = time.monotonic()
+    begun: dict[str, float] = {}
+
+    def show(phase: str, done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        begun.setdefault(phase, now)
+        if now - said < LINE_EVERY or done == 0:
+            return
+        said = now
+        rate = done / max(now - begun[phase], 1e-3)
+        line = _(
+            "{phase}: {percent:.0f} %, {rate:.1f} MB/s, {left:.0f} s left",
+            phase=_(phase),
+            percent=100 * done / max(total, 1),
+            rate=rate / 1e6,
+            left=(total - done) / rate,
+        )
+        print(line, file=sys.stderr, flush=True)
+
+    return show
