@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from rookery.models.common import LanguageModel as Model
+from rookery.models.rwkv5 import RWKV5
+from rookery.models.rwkv6 import RWKV6
 from rookery.models.rwkv7 import RWKV7
 from rookery.models.shape import ModelShape
 from rookery.models.state import State
 
-__all__ = ["RWKV7", "Model", "ModelShape", "State", "create", "initialise"]
+__all__ = ["RWKV5", "RWKV6", "RWKV7", "Model", "ModelShape", "State", "create", "initialise"]
 
-CLASSES: dict[str, type[RWKV7]] = {"x070": RWKV7}
+CLASSES: dict[str, type[RWKV5 | RWKV6 | RWKV7]] = {"x052": RWKV5, "x060": RWKV6, "x070": RWKV7}
 
 
 def create(shape: ModelShape, *, kernel: str = "auto", dropout: float = 0.0) -> Model:

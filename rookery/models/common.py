@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from rookery.models.shape import ModelShape
 from rookery.models.state import State
 
+GROUP_NORM_EPS = 64e-5
+"""Of the normalisation after the recurrence, whatever the head size: the reference adds 1e-5 to an input divided by 8."""
+
 LayerState = tuple[Tensor, Tensor, Tensor]
 """State of one layer: att_shift (B, C), wkv (B, H, N, N), ffn_shift (B, C)."""
 

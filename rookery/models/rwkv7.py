@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rookery.models.common import (
+    GROUP_NORM_EPS,
     ChannelMixing,
     LanguageModel,
     TimeMixing,
@@ -24,8 +25,6 @@ from rookery.models.common import (
 )
 from rookery.models.shape import ModelShape
 from rookery.ops import wkv7
-
-GROUP_NORM_EPS = 64e-5
 
 
 class RWKV7(LanguageModel):
