@@ -98,6 +98,7 @@ class StatusFile(Callback):
         self._rundir = rundir
         self._total_steps = 0
         self._written = 0.0
+        self._last: Record | None = None
 
     def on_phase(self, phase: Phase) -> None:
         self._rundir.write_status(phase=phase)
@@ -113,23 +114,28 @@ class StatusFile(Callback):
         )
 
     def on_record(self, record: Record) -> None:
-        now = time.monotonic()
-        if now - self._written > self.EVERY or record.step == self._total_steps:
-            self._written = now
-            self._rundir.write_status(
-                phase="training",
-                step=record.step,
-                progress=record.step / self._total_steps,
-                eta=None if record.eta is None else round(record.eta, 1),
-                loss=record.smooth_loss,
-                tok_s=round(record.tok_s, 1),
-            )
+        self._last = record
+        if time.monotonic() - self._written > self.EVERY:
+            self._written = time.monotonic()
+            self._rundir.write_status(phase="training", **self._figures())
 
     def on_validation(self, step: int, loss: float) -> None:
         self._rundir.write_status(val_loss=loss)
 
     def on_end(self, phase: Phase, reason: str) -> None:
-        self._rundir.write_status(phase=phase, exit_reason=reason, eta=0 if phase == "done" else None)
+        self._rundir.write_status(phase=phase, exit_reason=reason, **self._figures())
+
+    def _figures(self) -> dict[str, Any]:
+        record = self._last
+        if record is None:
+            return {}
+        return {
+            "step": record.step,
+            "progress": record.step / self._total_steps,
+            "eta": None if record.eta is None else round(record.eta, 1),
+            "loss": record.smooth_loss,
+            "tok_s": round(record.tok_s, 1),
+        }
 
 
 class Observers(Callback):

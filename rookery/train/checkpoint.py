@@ -89,8 +89,11 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         lines = (checkpoint / SUMS_FILE).read_text(encoding="utf-8").splitlines()
-        for line in lines:
-            expected, name = line.split("  ", 1)
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        present = {file.name for file in checkpoint.iterdir()} - {SUMS_FILE}
+        if sums.keys() != present:
+            raise CorruptCheckpoint(f"{SUMS_FILE} lists {sorted(sums)}, the folder holds {sorted(present)}")
+        for name, expected in sums.items():
             if _sha256(checkpoint / name) != expected:
                 raise CorruptCheckpoint(f"{name}: checksum differs")
         return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
