@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rookery.models.shape import ModelShape
 from rookery.models.state import State
+from rookery.ops import head_loss
+from rookery.ops.linear import Linear
 
 GROUP_NORM_EPS = 64e-5
 """Of the normalisation after the recurrence, whatever the head size: the reference adds 1e-5 to an input divided by 8."""
@@ -103,10 +105,9 @@ class LanguageModel(nn.Module):
 
     def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Everything before the head: (B, T, C) after the last LayerNorm, and the state after the last token."""
-        x = self.blocks[0].ln0(F.dropout(self.emb(tokens), self.dropout, self.training))
+        x, carried = self.embed(tokens)
         if state is None:
             state = self.initial_state(len(tokens), x)
-        carried: list[Tensor] = []
         states = []
         for layer, block in enumerate(self.blocks):
             before = (state.att_shift[layer], state.wkv[layer], state.ffn_shift[layer])
@@ -118,13 +119,32 @@ class LanguageModel(nn.Module):
         att_shift, wkv, ffn_shift = (torch.stack(part) for part in zip(*states, strict=True))
         return self.ln_out(x), State(att_shift, wkv, ffn_shift)
 
+    def loss(
+        self, tokens: Tensor, targets: Tensor, state: State | None = None, *, l2wrap: bool = True, chunk: int = 0
+    ) -> tuple[Tensor, State]:
+        """Mean loss over the trained targets as in `rookery.ops.head_loss`, and the state after the last token.
+
+        Args:
+            tokens, targets: (B, T), int64.
+        """
+        x, state = self.hidden(tokens, state)
+        return head_loss(x, self.head.weight, targets, chunk=chunk, l2wrap=l2wrap), state
+
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What enters the first block, (B, T, C), and what blocks carry on beside it."""
+        return self.blocks[0].ln0(F.dropout(self.emb(tokens), self.dropout, self.training)), []
+
     def initial_state(self, batch: int, like: Tensor) -> State:
         """The state before the first token: zeros, or the tuned `time_state` of a model that has one."""
         state = State.zeros(self.shape, batch, like.device, like.dtype)
-        tuned = [block.att.time_state for block in self.blocks if block.att.time_state is not None]
-        if tuned:
-            wkv = torch.stack([time_state.to(state.wkv.dtype) for time_state in tuned])
-            state.wkv = wkv[:, None].expand(-1, batch, -1, -1, -1)
+        tuned = [block.att.time_state for block in self.blocks]
+        if any(time_state is not None for time_state in tuned):
+            state.wkv = torch.stack(
+                [
+                    zero if time_state is None else zero + time_state
+                    for zero, time_state in zip(state.wkv, tuned, strict=True)
+                ]
+            )
         return state
 
     @torch.no_grad()
@@ -191,7 +211,7 @@ def matrix(*size: int) -> nn.Parameter:
 
 
 def projection(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)
+    return Linear(inputs, outputs)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from rookery.models.common import (
     vector,
 )
 from rookery.models.shape import ModelShape
-from rookery.ops import wkv7
+from rookery.ops import linear, wkv7
 
 
 class RWKV7(LanguageModel):
@@ -65,13 +65,13 @@ class TimeMix(TimeMixing):
         xr, xw, xk, xv, xa, xg = token_shift(x, shift, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
 
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
-        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        w = self.w0 + linear(torch.tanh(linear(xw, self.w1.T)), self.w2.T)
+        a = torch.sigmoid(self.a0 + linear(linear(xa, self.a1.T), self.a2.T))
+        g = linear(torch.sigmoid(linear(xg, self.g1.T)), self.g2.T)
         if v_first is None:
             v_first = v
         else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2))
+            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + linear(linear(xv, self.v1.T), self.v2.T)))
         kappa = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
         k = k * (1 + (a - 1) * self.k_a)
 
