@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from rookery.cli.table import print_table
 from rookery.i18n import _
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -181,8 +182,6 @@ def advice(facts: dict[str, Any]) -> list[str]:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    from rookery.cli.inspect import print_rows
-
     own, found = facts["machine"], facts["packages"]
     table = [
         (_("system"), own["system"]),
@@ -205,7 +204,7 @@ def _print(facts: dict[str, Any]) -> None:
         text = _("uses {name}", name=answer["uses"])
         text += "".join(f"\n{name}: {reason}" for name, reason in answer["refused"].items())
         table.append((label, text))
-    print_rows(table)
+    print_table(table)
     for sentence in facts["advice"]:
         typer.echo("\n" + sentence)
 

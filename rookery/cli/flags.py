@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import typer
 from typer.core import TyperCommand
 
-from rookery.config.tree import TrainConfig, choices, leaf_field, section_model, value_type
+from rookery.config.tree import TrainConfig, allowed, leaf_field, section_model
 from rookery.i18n import _
 
 if TYPE_CHECKING:
@@ -44,11 +44,6 @@ def describe(leaf: str) -> str:
     field = leaf_field(leaf)
     default = "" if field.default in (None, "") else "; " + _("default {value}", value=field.default)
     return f"{_(field.description or '')} ({allowed(leaf)}{default})"
-
-
-def allowed(leaf: str) -> str:
-    """What a value of `leaf` may be: its choices, or the name of its type."""
-    return "|".join(str(choice) for choice in choices(leaf)) or value_type(leaf).__name__
 
 
 def tell(noted: Parsed | Resolved) -> None:

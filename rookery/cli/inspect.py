@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from rookery.cli.table import print_table
 from rookery.i18n import N_, _
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -65,9 +66,9 @@ def inspect(
     if as_json:
         typer.echo(json.dumps({**facts, "list": listing} if tensors else facts, ensure_ascii=False, indent=1))
         return
-    print_rows(rows(facts))
+    print_table(rows(facts))
     if listing:
-        print_rows((name, f"{shape}  {dtype}") for name, shape, dtype in listing)
+        print_table((name, str(shape), dtype) for name, shape, dtype in listing)
 
 
 def list_tensors(path: Path) -> list[tuple[str, list[int], str]]:
@@ -100,17 +101,3 @@ def _text(fact: str, value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def print_rows(pairs: Iterator[tuple[str, str]] | Any) -> None:
-    """A table of two columns."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, text in pairs:
-        table.add_row(label, Text(text))
-    Console().print(table)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from rookery.cli.flags import METAVAR, SETTINGS, FlagsCommand, tell
+from rookery.cli.table import print_table
 from rookery.config import parse
 from rookery.config.tree import TrainConfig
 from rookery.i18n import _
@@ -41,16 +42,10 @@ def train(
 
 def print_explanation(resolved: Resolved) -> None:
     """A table of every leaf, its value and its origin, section by section."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    tell(resolved)
-    table = Table(box=None, pad_edge=False)
-    for heading in (_("setting"), _("value"), _("from")):
-        table.add_column(heading, overflow="fold")
+    rows: list[tuple[str, str, str]] = []
     for section in TrainConfig.model_fields:
-        table.add_row(Text(f"[{section}]", style="bold"))
+        rows.append((f"[{section}]", "", ""))
         for leaf, value in getattr(resolved.config, section):
-            table.add_row(leaf, Text("-" if value in (None, "") else str(value)), Text(str(resolved.origins[leaf])))
-    Console().print(table)
+            rows.append((leaf, "-" if value in (None, "") else str(value), str(resolved.origins[leaf])))
+    tell(resolved)
+    print_table(rows, headings=(_("setting"), _("value"), _("from")))

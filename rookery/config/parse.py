@@ -88,7 +88,7 @@ class _Flags:
     def _take_legacy(self, word: str, flag: LegacyFlag, values: list[str]) -> None:
         text = " ".join(values)
         respelt = flag.values.get(text, text)
-        if flag.answer and text not in flag.silent and (not flag.leaf or respelt != text):
+        if flag.answer and text.lower() not in flag.silent and (not flag.leaf or respelt != text):
             said = f"{word} {text}".rstrip() + ": " + _(flag.answer)
             if flag.refused:
                 raise UserError(said)
@@ -97,7 +97,7 @@ class _Flags:
             self._set(flag.leaf, word, respelt, written=text)
 
     def _set(self, leaf: str, word: str, text: str, written: str | None = None) -> None:
-        if text == NOT_GIVEN and value_type(leaf) is not str:
+        if text == NOT_GIVEN and leaf_field(leaf).default != "":
             self.values.pop(leaf, None)
             self.origins.pop(leaf, None)
             self.withdrawn.add(leaf)

@@ -212,6 +212,11 @@ def value_type(leaf: str) -> type:
     return get_origin(first) or first
 
 
+def allowed(leaf: str) -> str:
+    """What a value of `leaf` may be, for people: its choices, or the name of its type."""
+    return "|".join(str(choice) for choice in choices(leaf)) or value_type(leaf).__name__
+
+
 def get(config: TrainConfig, leaf: str) -> Any:
     """The value of `leaf` in `config`."""
     return getattr(getattr(config, SECTION_OF[leaf]), leaf)

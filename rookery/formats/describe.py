@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _describe_adapter(tensors: dict[str, Tensor]) -> dict[str, Any]:
         "kinds": sorted({ADAPTER_PARTS[part] for part in parts.values()}),
         # The rank is the short side of every adapter matrix; a bat block [in/r, r, r] has it last.
         "ranks": sorted({t.shape[-1] if t.dim() == 3 else min(t.shape) for t in tensors.values()}),
-        "modules": sorted({module.split(".", 3)[-1] for module in modules}),
+        "modules": sorted({re.sub(r".*blocks\.\d+\.", "", module) for module in modules}),
         "tensors": len(tensors),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
     }
