@@ -111,9 +111,9 @@ def info(
             ),
         ),
         (_("highest token id"), f"{highest}"),
-        (_("vocabulary"), kept.name if kept else _("none kept beside the data; taken to be World")),
+        (_("its vocabulary"), kept.name if kept else _("none kept beside the data; taken to be World")),
     ]
-    if 0 <= lowest and highest < vocabulary.vocab_size:
+    if lowest >= 0 and highest < vocabulary.vocab_size:
         start = vocabulary.decode_bytes(data.get(0, 0, min(int(data.sizes[0]), 32)).tolist())
         rows.append((_("begins with"), repr(start.decode("utf-8", "replace"))))
     for label, value in rows:

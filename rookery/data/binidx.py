@@ -60,7 +60,7 @@ class BinIdx:
         for path in (index_path, data_path):
             if not path.is_file():
                 raise UserError(_("{path} does not exist; binidx data is a pair NAME.bin and NAME.idx", path=path))
-        code, items, ends = self._read_header(index_path)
+        code, items = self._read_header(index_path)
         self.dtype = np.dtype(DTYPES[code])
         index = np.memmap(index_path, np.uint8, "r", HEADER.size)
         self.sizes = index[: 4 * items].view("<i4")
@@ -85,7 +85,7 @@ class BinIdx:
         self.stream = np.memmap(data_path, self.dtype, "r")
 
     @staticmethod
-    def _read_header(path: Path) -> tuple[int, int, int]:
+    def _read_header(path: Path) -> tuple[int, int]:
         with path.open("rb") as file:
             header = file.read(HEADER.size)
         if not header.startswith(MAGIC):
@@ -108,7 +108,7 @@ class BinIdx:
             raise UserError(message)
         if items == 0:
             raise UserError(_("{path} lists no documents", path=path))
-        return code, items, ends
+        return code, items
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -160,7 +160,7 @@ class BinIdxWriter:
         self.documents = 0
 
     def __enter__(self) -> BinIdxWriter:
-        self._file: BinaryIO = open(self.prefix + ".bin.partial", "wb")  # noqa: SIM115 - closed by __exit__
+        self._file: BinaryIO = open(self.prefix + ".bin.partial", "wb")
         return self
 
     def add(self, tokens: np.ndarray) -> None:
@@ -176,7 +176,7 @@ class BinIdxWriter:
 
     def add_spans(self, tokens: np.ndarray, ends: np.ndarray, order: Sequence[int]) -> None:
         """Append documents of `tokens`, which end at `ends` (int64), in the given order of their numbers."""
-        content = memoryview(np.ascontiguousarray(tokens, self.dtype)).cast("B")
+        content = np.ascontiguousarray(tokens, self.dtype).data.cast("B")
         numbers = np.asarray(order)
         stops = ends[numbers]
         starts = np.where(numbers > 0, ends[numbers - 1], 0)

@@ -197,8 +197,8 @@ def _sampler(tokens: int, data: DataSection, seed: int) -> tuple[Sampler, int, l
         raise UserError(message)
     cover = CoverSampler(tokens, data.ctx_len, seed)
     note = _(
-        "{tokens} tokens are too few for the prime rule at ctx_len {ctx_len}: the {windows} windows are shuffled instead, "
-        "and each pass covers every token",
+        "{tokens} tokens are too few for the prime rule at ctx_len {ctx_len}: the {windows} windows are shuffled "
+        "instead, and each pass covers every token",
         tokens=tokens,
         ctx_len=data.ctx_len,
         windows=cover.period,
@@ -223,7 +223,8 @@ def _detect(name: str, data_type: str) -> str:
     if Path(prefix + ".idx").exists() or Path(prefix + ".bin").exists():
         return "binidx"
     message = _(
-        "data_file {name}: there is no {prefix}.bin and {prefix}.idx, and it is no .jsonl, .txt or .npy file and no folder",
+        "data_file {name}: there is no {prefix}.bin and {prefix}.idx, and it is no .jsonl, .txt or .npy file "
+        "and no folder",
         name=name,
         prefix=prefix,
     )
@@ -275,7 +276,9 @@ def _tokenised(units: list[Unit], tokenizer: Tokenizer) -> tuple[np.ndarray, int
     for piece in tokenise(units, tokenizer):
         for fault in piece.faults:
             if fault.line:
-                raise UserError(_("{path}, line {line}: {reason}", path=fault.path, line=lines + fault.line, reason=fault.reason))
+                raise UserError(
+                    _("{path}, line {line}: {reason}", path=fault.path, line=lines + fault.line, reason=fault.reason)
+                )
             raise UserError(str(fault))
         lines += piece.lines
         documents += len(piece.sizes)
@@ -304,7 +307,7 @@ def _read_array(name: str, data_type: str) -> np.ndarray:
 
 
 def _dummy_text() -> str:
-    """The reference's dummy data: ``.a+b=c.`` with a = i mod 10000, b = i**2 mod 10000, c = a + b, for i below 100000."""
+    """The reference's dummy data: ``.a+b=c.`` for i < 100000 with a = i mod 10000, b = i**2 mod 10000, c = a + b."""
 
     def sums() -> Iterator[str]:
         for i in range(100_000):

@@ -95,7 +95,10 @@ def make(
         encoder = tokenizers.load(tokenizer)
         if encoder.end_of_document is None:
             raise UserError(
-                _("the vocabulary {name} has no end of document (U+0000); build one with --tokenizer char", name=tokenizer)
+                _(
+                    "the vocabulary {name} has no end of document (U+0000); build one with --tokenizer char",
+                    name=tokenizer,
+                )
             )
 
     prefix = prefix_of(output) if output is not None else Path(source).resolve().stem
@@ -151,7 +154,7 @@ class _Spool:
         self.faults: list[Fault] = []
 
     def __enter__(self) -> _Spool:
-        self._file = open(self._path, "w+b")  # noqa: SIM115 - closed by __exit__
+        self._file = open(self._path, "w+b")
         self._tokens: np.ndarray | None = None
         return self
 

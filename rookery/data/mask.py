@@ -86,10 +86,7 @@ def _walk_marks(window, real, end, begin, skip):
 def _found(window, real, position, mark):
     if position + mark.size > real:
         return False
-    for i in range(mark.size):
-        if window[position + i] != mark[i]:
-            return False
-    return True
+    return np.array_equal(window[position : position + mark.size], mark)
 
 
 def _answers(tokenizer: Tokenizer) -> Mask:
@@ -106,8 +103,8 @@ def _answers(tokenizer: Tokenizer) -> Mask:
 def _walk_answers(window, real, data, offsets, marks, end_of_document):
     """A token counts when its first byte belongs to an answer. `marks` are zero-padded rows, the assistant's first.
 
-    It walks over bytes, because how a mark and the text around it fall into tokens depends on that text. A mark stands at
-    the beginning of a document or after a blank line; in the window's first place, either may have gone before.
+    It walks over bytes, because how a mark and the text around it fall into tokens depends on that text. A mark stands
+    at the beginning of a document or after a blank line; before the window, either may have been.
     """
     counts = np.zeros(window.size, np.bool_)
     answering = False
@@ -145,4 +142,3 @@ def _walk_answers(window, real, data, offsets, marks, end_of_document):
         # The window ends within what may be a mark.
         counts[mark_token:] = False
     return counts[1:]
-

@@ -40,7 +40,7 @@ def is_prime(n: int) -> bool:
 
 
 def magic_prime(tokens: int, ctx_len: int) -> int:
-    """The largest prime p <= tokens // ctx_len - 1 with p % 3 == 2, or 0 when there is none (fewer than 3 ctx_len tokens).
+    """The largest prime p <= tokens // ctx_len - 1 with p % 3 == 2; 0 for fewer than 3 ctx_len tokens, which have none.
 
     With p % 3 == 2 the map i -> i**3 mod p is a permutation: the cubic sampler meets every window once in p samples.
     """
@@ -51,7 +51,7 @@ def magic_prime(tokens: int, ctx_len: int) -> int:
 
 
 def prime_fits(prime: int, tokens: int, ctx_len: int) -> bool:
-    """Whether the reference trainers accept `prime` for this data: p prime, p % 3 == 2, 0.9 < p / (tokens // ctx_len) <= 1."""
+    """Whether the reference trainers accept `prime` p for the data: p % 3 == 2, 0.9 < p / (tokens // ctx_len) <= 1."""
     windows = tokens // ctx_len
     return is_prime(prime) and prime % 3 == 2 and windows * 0.9 < prime <= windows
 
@@ -99,7 +99,7 @@ class CubicSampler:
 
 
 class CoverSampler:
-    """For data too small for the prime rule: every token is a target once in `period` samples, in a new order each time.
+    """For data too small for the prime rule: every `period` samples have each token as a target, in a new order.
 
     The windows tile the data; the last one is moved back to end with it. Data shorter than a window is one window.
 

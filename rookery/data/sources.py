@@ -21,7 +21,7 @@ CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class Unit:
-    """The lines of a .jsonl file that begin at bytes `start` to `stop`, or (`text`) a text file that is one document."""
+    """The lines of a .jsonl file that begin at bytes `start` to `stop`, or (`text`) a whole text file, one document."""
 
     path: str
     start: int
@@ -103,11 +103,11 @@ def read_lines(unit: Unit) -> Lines:
     content = _read_bytes(unit)
     if b"\r" in content:
         content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    rows: list[bytes] | list[str]
+    rows: list[str | bytes]
     try:
-        rows = content.decode("utf-8").split("\n")
+        rows = [*content.decode("utf-8").split("\n")]
     except UnicodeDecodeError:
-        rows = content.split(b"\n")
+        rows = [*content.split(b"\n")]
     if not rows[-1]:
         rows.pop()
     lines = Lines(count=len(rows))
@@ -169,7 +169,9 @@ def _parse(row: str | bytes) -> bytes | None:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadLine(_("the text has half of a surrogate pair (\\ud800 to \\udfff), which is no character")) from error
+        raise _BadLine(
+            _("the text has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+        ) from error
 
 
 def available_cpus() -> int:

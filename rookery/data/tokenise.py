@@ -18,7 +18,7 @@ from rookery.errors import UserError
 from rookery.i18n import _, language, set_language
 from rookery.tokenizer import Character, Tokenizer
 
-WORKER_BYTES = 32 << 20
+WORKER_BYTES = 128 << 20
 """Input for which a further process is worth its start."""
 
 LARGE_TEXT = 64 << 20

@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
-`World` is the vocabulary of the RWKV models, `Character` the one that is built from a text. Both have the same interface,
-`Tokenizer`. The text of a chat is in `rookery.tokenizer.chat`.
+`World` is the vocabulary of the RWKV models, `Character` the one that is built from a text. Both have the same
+interface, `Tokenizer`. The text of a chat is in `rookery.tokenizer.chat`.
 """
 
 from __future__ import annotations

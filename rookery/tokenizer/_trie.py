@@ -1,9 +1,9 @@
 """Longest-match encoding with a double-array trie, compiled by Numba.
 
-A node of the trie is a slot of `entries`: the child of a node for byte c sits at slot ``base(node) + c``. Slots 0..255 are
-the first bytes. An entry is one uint32: bits 0..8 the byte plus one (0 = free slot), bit 9 "a token ends here", bits
-10..31 the base of the children (0 = none). Bases are unique, so comparing the byte is enough to know the parent. The
-token id of a slot is kept apart in `values`, read only once a token, so that the walk stays in a small table.
+A node of the trie is a slot of `entries`: the child of a node for byte c sits at slot ``base(node) + c``. Slots 0..255
+are the first bytes. An entry is one uint32: bits 0..8 the byte plus one (0 = free slot), bit 9 "a token ends here",
+bits 10..31 the base of the children (0 = none). Bases are unique, so comparing the byte is enough to know the parent.
+The token id of a slot is kept apart in `values`, read only once a token, so that the walk stays in a small table.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def build(data: np.ndarray, ends: np.ndarray, ids: np.ndarray) -> tuple[np.ndarr
 
 @njit(cache=True)
 def _link(data, ends):
-    """The trie as linked nodes: first child, next sibling, byte, token index or -1. Node 0 = none; 1..256 = first bytes."""
+    """The trie as linked nodes: first child, next sibling, byte, token or -1. 0 = no node; 1..256 = the first bytes."""
     capacity = data.size + 257
     first = np.zeros(capacity, np.int32)
     sibling = np.zeros(capacity, np.int32)

@@ -135,7 +135,7 @@ class Character:
         return map(self.encode_array, pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; the single character U+FFFD when an id is not in the vocabulary. The end mark is no text."""
+        """The text of `ids`, without end marks; the single character U+FFFD when an id is not in the vocabulary."""
         try:
             return self.decode_bytes(ids).decode("utf-8")
         except ValueError:
@@ -174,7 +174,9 @@ def _read(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise UserError(_("cannot read the vocabulary {path}: {reason}", path=path, reason=error)) from error
     if not isinstance(table, dict):
-        raise UserError(_("{path}: a character vocabulary is an object of the form {example}", path=path, example='{"0": "a"}'))
+        raise UserError(
+            _("{path}: a character vocabulary is an object of the form {example}", path=path, example='{"0": "a"}')
+        )
     for i, (key, character) in enumerate(table.items()):
         if key != str(i) or not isinstance(character, str) or len(character) != 1:
             message = _(

@@ -1,7 +1,7 @@
 """The text of a chat, as the World and G1 models were trained on it.
 
-Turns are ``User: …`` and ``Assistant: …``, after an optional ``System: …``, separated by a blank line; so no message may
-contain one. A prompt ends with ``Assistant:`` and no space, and the answer ends at the next blank line.
+Turns are ``User: …`` and ``Assistant: …``, after an optional ``System: …``, separated by a blank line; so no message
+may contain one. A prompt ends with ``Assistant:`` and no space, and the answer ends at the next blank line.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def answer_begin(thinking: Thinking = "none") -> str:
 
 
 def stop_strings(thinking: Thinking = "none") -> tuple[str, ...]:
-    """Where an answer ends (besides the end of document). Thoughts may hold blank lines, so there a new turn ends it."""
+    """Where an answer ends (besides the end of document). Thoughts may hold blank lines: there a new turn ends it."""
     if thinking in ("none", "quick"):
         return (SEPARATOR,)
     return tuple(SEPARATOR + MARKS[role] for role in ("user", "assistant", "system"))

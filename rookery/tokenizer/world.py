@@ -26,8 +26,8 @@ _PIECE = 1 << 22
 class World:
     """Tokenizer of the RWKV "World" models (`rwkv_vocab_v20230424`), or of a vocabulary file in the same format.
 
-    Any text and any bytes can be encoded, and decoding gives exactly the same bytes. Id 0 ends a document; it stands for
-    no bytes.
+    Any text and any bytes can be encoded, and decoding gives exactly the same bytes. Id 0 ends a document and stands
+    for no bytes.
 
     Args:
         path: a vocabulary file (``<id> <Python literal> <byte length>`` a line); the World vocabulary when not given.
@@ -121,9 +121,7 @@ class World:
         consumed = self._run(np.frombuffer(text, np.uint8), np.array([len(text)], np.int64), stop, -1, ids, sizes)
         return ids[: sizes[0]], consumed
 
-    def _run(
-        self, data: np.ndarray, ends: np.ndarray, stop: int, end: int, ids: np.ndarray, sizes: np.ndarray
-    ) -> int:
+    def _run(self, data: np.ndarray, ends: np.ndarray, stop: int, end: int, ids: np.ndarray, sizes: np.ndarray) -> int:
         consumed = _trie.encode(self._entries, self._values, data, ends, stop, end, ids, sizes)
         if consumed < 0:
             byte = int(data[-1 - consumed])
@@ -172,7 +170,7 @@ class World:
 
 
 def _world_vocabulary() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes of all tokens, end of each, ids. The packed file holds the 65529 lengths, one byte each, then the tokens."""
+    """Bytes of all tokens, end of each, ids. The packed file has the 65529 lengths, a byte each, then the tokens."""
     packed = lzma.decompress(resources.files("rookery.tokenizer").joinpath("world_v20230424.xz").read_bytes())
     if hashlib.sha256(packed).hexdigest() != _SHA256:
         raise RuntimeError("rookery/tokenizer/world_v20230424.xz is damaged; install Rookery again")
@@ -200,7 +198,11 @@ def read_vocabulary(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if not line:
             continue
         try:
-            head, literal, length = line[: line.index(" ")], line[line.index(" ") : line.rindex(" ")], line[line.rindex(" ") :]
+            head, literal, length = (
+                line[: line.index(" ")],
+                line[line.index(" ") : line.rindex(" ")],
+                line[line.rindex(" ") :],
+            )
             value = ast.literal_eval(literal.strip())
             token = value.encode("utf-8") if isinstance(value, str) else value
             if not isinstance(token, bytes) or len(token) != int(length) or int(head) < 1 or not token:

@@ -46,7 +46,9 @@ def test_cubic_sampler_meets_every_window_once() -> None:
 
 def test_ranks_share_the_samples_out() -> None:
     one = [sample_offset(i, rank=0, world_size=1, epoch=3, ctx_len=16, prime=1949) for i in range(40)]
-    four = [sample_offset(i, rank=r, world_size=4, epoch=3, ctx_len=16, prime=1949) for i in range(10) for r in range(4)]
+    four = [
+        sample_offset(i, rank=r, world_size=4, epoch=3, ctx_len=16, prime=1949) for i in range(10) for r in range(4)
+    ]
     assert one == four
 
 

@@ -79,7 +79,7 @@ def test_ids_beyond_the_vocabulary_are_found_before_training(tmp_path: Path, dty
     tokens[777] = 99
     name = binidx(tmp_path / "x", tokens, dtype)
     assert open_dataset(DataSection(data_file=name, ctx_len=16), vocab_size=100).facts.tokens == 1000
-    with pytest.raises(UserError, match="token 777 is id 99.* 99 ids"):
+    with pytest.raises(UserError, match=r"token 777 is id 99.* 99 ids"):
         open_dataset(DataSection(data_file=name, ctx_len=16), vocab_size=99)
 
 
@@ -127,7 +127,7 @@ def test_utf16_text(tmp_path: Path) -> None:
 
 def test_text_and_folder_in_the_world_vocabulary(tmp_path: Path, world: World) -> None:
     (tmp_path / "b.txt").write_text("second", encoding="utf-8")
-    (tmp_path / "a.txt").write_bytes("first\r\nline".encode())
+    (tmp_path / "a.txt").write_bytes(b"first\r\nline")
     dataset = open_dataset(DataSection(data_file=str(tmp_path), ctx_len=2))
     assert dataset.stream.tolist() == [*world.encode("first\nline"), 0, *world.encode("second"), 0]
     assert dataset.facts.documents == 2
@@ -189,7 +189,7 @@ def test_dummy_data() -> None:
 
 @pytest.mark.parametrize("name", ["", "missing", "missing.jsonl", "missing.txt", "missing.npy", "missing.bin"])
 def test_missing_data(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="missing|no training data"):
+    with pytest.raises(UserError, match=r"missing|no training data"):
         open_dataset(DataSection(data_file=name and str(tmp_path / name)))
 
 

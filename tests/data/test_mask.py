@@ -77,7 +77,10 @@ def trained(tokenizer: World | Character, ids: list[int]) -> list[str]:
 
 CASES = {
     "two turns": ("User: 1+1\n\nAssistant: 2\n\nUser: x\n\nAssistant: 3\0", [" 2\n\n", " 3<end>"]),
-    "newlines inside other tokens": ("User: 好。\n\nAssistant: 是。\n\nUser: 好。\n\nAssistant: 不。\0", [" 是。\n\n", " 不。<end>"]),
+    "newlines inside other tokens": (
+        "User: 好。\n\nAssistant: 是。\n\nUser: 好。\n\nAssistant: 不。\0",
+        [" 是。\n\n", " 不。<end>"],
+    ),
     "mark and answer in one token": ('User: a\n\nAssistant: "b"\n\nUser: c', [' "b"\n\n']),
     "middle of a document": ("5\n\nnone of this\n\nUser: a\n\nAssistant: b\n\nUser: c", [" b\n\n"]),
     "begins with an answer": ("Assistant: hi\n\nUser: a", [" hi\n\n"]),
