@@ -15,6 +15,17 @@ VERSIONS = ("x052", "x060", "x070")
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Optional parts of x052 and x060 (see `rookery.models.legacy`); 0 or False: the model does not have it."""
+
+    head_qk: int = 0
+    tiny_att_dim: int = 0
+    tiny_att_layer: int = 0
+    my_pos_emb: int = 0
+    pre_ffn: bool = False
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Everything that fixes the names and shapes of a model's parameters."""
 
@@ -27,6 +38,7 @@ class ModelShape:
     dim_ffn: int
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Widths of the low-rank layers. x070: w, a, v, g; x060: mix, decay; x052: none."""
+    parts: Parts = Parts()
 
     @property
     def n_head(self) -> int:
@@ -54,30 +66,38 @@ class ModelShape:
         Raises:
             UserError: not an RWKV model, or a version that is not supported.
         """
-        if "emb.weight" not in shapes or "blocks.0.ffn.key.weight" not in shapes:
-            raise UserError(
-                _("{name} holds no RWKV model: emb.weight or blocks.0.ffn.key.weight is missing", name=name)
-            )
+
+        def size(key: str) -> Sequence[int]:
+            if key not in shapes:
+                raise UserError(_("{name} holds no whole RWKV model: {key} is missing", name=name, key=key))
+            return shapes[key]
+
+        vocab_size, n_embd = size("emb.weight")
+        dim_ffn, _C = size("blocks.0.ffn.key.weight")
         version = _version(shapes, name)
-        vocab_size, n_embd = shapes["emb.weight"]
         n_layer = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
-        head = {"x052": "time_decay", "x060": "time_faaaa", "x070": "r_k"}[version]
-        n_head, head_size = shapes[f"blocks.0.att.{head}"]
+        # The last block: files of some trainers lack the value residual of block 0, and with pre_ffn it has no att.
+        att = f"blocks.{n_layer - 1}.att"
+        n_head, head_size = size(f"{att}.{'r_k' if version == 'x070' else 'time_faaaa'}")
         ranks = {}
         if version == "x060":
-            ranks = {
-                "mix": shapes["blocks.0.att.time_maa_w1"][1] // 5,
-                "decay": shapes["blocks.0.att.time_decay_w1"][1],
-            }
+            ranks = {"mix": size(f"{att}.time_maa_w1")[1] // 5, "decay": size(f"{att}.time_decay_w1")[1]}
         if version == "x070":
-            ranks = {x: shapes[f"blocks.0.att.{x}1"][1] for x in "wag"}
-            # Files of some trainers lack the value residual of block 0, which nothing reads.
-            v1 = shapes.get("blocks.1.att.v1") or shapes.get("blocks.0.att.v1")
-            ranks["v"] = v1[1] if v1 else 32
-        return cls(
-            version, n_layer, n_embd, vocab_size, head_size, n_head * head_size,
-            shapes["blocks.0.ffn.key.weight"][0], ranks,
-        )  # fmt: skip
+            ranks = {x: size(f"{att}.{x}1")[1] for x in "wag"}
+            # In a model of one block nothing reads the value residual, and the file may lack it.
+            ranks["v"] = size(f"{att}.v1")[1] if n_layer > 1 or f"{att}.v1" in shapes else 32
+        return cls(version, n_layer, n_embd, vocab_size, head_size, n_head * head_size, dim_ffn, ranks, _parts(shapes))
+
+
+def _parts(shapes: Mapping[str, Sequence[int]]) -> Parts:
+    tiny = [key for key in shapes if key.endswith(".tiny_q.weight")]
+    return Parts(
+        head_qk=shapes["head_q.weight"][0] if "head_q.weight" in shapes else 0,
+        tiny_att_dim=shapes[tiny[0]][0] if tiny else 0,
+        tiny_att_layer=int(tiny[0].split(".")[1]) if tiny else 0,
+        my_pos_emb=shapes["blocks.0.pos_emb_x"][1] if "blocks.0.pos_emb_x" in shapes else 0,
+        pre_ffn="blocks.0.ffnPre.key.weight" in shapes,
+    )
 
 
 def _version(shapes: Mapping[str, Sequence[int]], name: str) -> str:
@@ -95,7 +115,7 @@ def _version(shapes: Mapping[str, Sequence[int]], name: str) -> str:
     elif any_key("time_maa"):
         return "x060"
     elif any_key("att.gate.weight"):
-        decay = shapes.get("blocks.0.att.time_decay", ())
+        decay = next((shape for key, shape in shapes.items() if key.endswith(".att.time_decay")), ())
         if len(decay) == 2 and decay[1] > 1:
             return "x052"
         found = "RWKV-5.1"

@@ -45,9 +45,14 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 0, l2w
 
 def head_loss_plain(x: Tensor, weight: Tensor, targets: Tensor, *, l2wrap: bool = True) -> Tensor:
     """The reference: the same loss and gradients from whole logits by autograd."""
+    return logits_loss(F.linear(x, weight), targets, l2wrap=l2wrap)
+
+
+def logits_loss(logits: Tensor, targets: Tensor, *, l2wrap: bool = True) -> Tensor:
+    """The same loss and gradients from logits (..., V), by autograd."""
     trained = targets.reshape(-1) != -100
-    logits = F.linear(x, weight).reshape(-1, weight.shape[0])[trained]
-    logits = logits.to(_accumulator(x.dtype))
+    logits = logits.reshape(-1, logits.shape[-1])[trained]
+    logits = logits.to(_accumulator(logits.dtype))
     rows = max(1, len(logits))
     loss = F.cross_entropy(logits, targets.reshape(-1)[trained], reduction="sum") / rows
     if l2wrap and len(logits):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rookery.ops import wkv6_native
+from rookery.ops import wkv6_native, wkv7_native
 from rookery.ops.backend import Backend, Call, Op
 from rookery.ops.wkv7 import state_dtype
 
@@ -139,7 +139,7 @@ def _never_refuses(call: Call) -> None:
 OP = Op(
     "wkv6",
     [
-        Backend("native", wkv6_native.refuses, wkv6_native.wkv6_native),
+        Backend("native", wkv7_native.refuses, wkv6_native.wkv6_native),
         Backend("chunked", _never_refuses, wkv6_chunked),
         Backend("reference", _never_refuses, wkv6_reference),
     ],

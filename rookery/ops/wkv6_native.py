@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rookery.ops.wkv7_native import refuses as refuses
-
 CHUNK = 16
 
 

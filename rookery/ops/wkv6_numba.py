@@ -46,8 +46,8 @@ def build(N: int) -> SimpleNamespace:
 
     @njit(fastmath=FAST, cache=True)
     def step(S, d, k, v):
-        """Advance a state by one token in place: S <- diag(d) S + k v^T. Reading it first in a pass of its own is faster
-        than doing both in one."""
+        """Advance a state by one token in place: S <- diag(d) S + k v^T. Reading it before, in a pass of its own, is
+        faster than doing both in one."""
         for i in range(N):
             di, ki = d[i], k[i]
             for j in range(N):
