@@ -130,18 +130,12 @@ class _Resolver:
             found["dim_ffn"] = facts["dim_ffn"]
         conflicts = []
         for leaf, value in found.items():
-            asked = self.values[leaf]
-            if asked and asked != value and (self.origins[leaf].given or leaf == "vocab_size"):
-                conflicts.append(
-                    _(
-                        "  {leaf}: {asked} ({origin}), the file has {value}",
-                        leaf=leaf,
-                        asked=asked,
-                        origin=self.origins[leaf],
-                        value=value,
-                    )
-                )
-            self.fill(leaf, value, origin)
+            asked, given = self.values[leaf], self.origins[leaf].given
+            if asked and asked != value and (given or leaf == "vocab_size"):
+                said = {"leaf": leaf, "asked": asked, "origin": self.origins[leaf], "value": value}
+                conflicts.append(_("  {leaf}: {asked} ({origin}), the file has {value}", **said))
+            if not (given and asked == value):
+                self.fill(leaf, value, origin)
         if conflicts:
             heading = _("the checkpoint {file} is of another model than was asked for:", file=facts["file"])
             remedy = _("Leave out what the file decides, or load another file.")

@@ -119,7 +119,10 @@ class _Preparation:
         check_devices(config.device)
         self.start = find_start(config, files, report)
         model_facts = self.start.model_facts()
-        vocab_size = config.model.vocab_size if model_facts is None else model_facts["vocab_size"]
+        # 0 asks for a character vocabulary, whatever it was found to be in an earlier session.
+        vocab_size = config.model.vocab_size
+        if model_facts is not None and vocab_size != 0:
+            vocab_size = model_facts["vocab_size"]
         self.dataset = open_dataset(config.data, vocab_size=vocab_size, seed=max(0, config.run.random_seed))
         self.resolved = resolve(
             config,

@@ -65,7 +65,9 @@ def test_the_checkpoint_decides_the_architecture() -> None:
 
 def test_flags_that_agree_with_the_checkpoint_are_welcome() -> None:
     parsed = parse(["--n_layer", "24", "--n_embd", "1024", "--my_testing", "x070", "--vocab_size", "65536"])
-    assert resolve(parsed.config, parsed.origins, model_facts=MODEL).config.model.n_layer == 24
+    config, origins, _ = resolve(parsed.config, parsed.origins, model_facts=MODEL)
+    assert config.model.n_layer == 24
+    assert str(origins["n_layer"]) == "--n_layer 24"
 
 
 def test_flags_that_disagree_with_the_checkpoint_are_listed_with_both_sides() -> None:
