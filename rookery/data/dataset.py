@@ -254,8 +254,11 @@ def _read(name: str, data_type: str, wanted: str, vocab_size: int | None) -> tup
     if not path.is_file():
         raise UserError(_("{path} does not exist", path=path))
     encoding = "utf-16-le" if data_type == "utf-16le" else "utf-8-sig"
-    tokenizer = Character.build(read_text(path, encoding)) if characters else tokenizers.load(wanted or "world")
-    pieces = list(tokenizer.encode_stream(read_text(path, encoding)))
+    try:
+        tokenizer = Character.build(read_text(path, encoding)) if characters else tokenizers.load(wanted or "world")
+        pieces = list(tokenizer.encode_stream(read_text(path, encoding)))
+    except UnicodeError as error:
+        raise UserError(_("{path} is not {encoding} text", path=path, encoding=encoding)) from error
     return _joined(pieces, tokenizer), 1, tokenizer
 
 
@@ -275,11 +278,7 @@ def _tokenised(units: list[Unit], tokenizer: Tokenizer) -> tuple[np.ndarray, int
     documents = lines = 0
     for piece in tokenise(units, tokenizer):
         for fault in piece.faults:
-            if fault.line:
-                raise UserError(
-                    _("{path}, line {line}: {reason}", path=fault.path, line=lines + fault.line, reason=fault.reason)
-                )
-            raise UserError(str(fault))
+            raise UserError(str(fault.later(lines)))
         lines += piece.lines
         documents += len(piece.sizes)
         pieces.append(piece.tokens)

@@ -167,7 +167,7 @@ class _Spool:
             self._path.unlink(missing_ok=True)
 
     def add(self, piece: Piece) -> None:
-        faults = [Fault(f.path, f.line + self._lines if f.line else 0, f.reason) for f in piece.faults]
+        faults = [fault.later(self._lines) for fault in piece.faults]
         if faults and self._stop:
             raise UserError(_fault_message(faults))
         self._lines += piece.lines

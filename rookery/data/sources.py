@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rookery.errors import UserError
@@ -37,10 +37,14 @@ class Fault:
     line: int
     reason: str
 
+    def later(self, lines: int) -> Fault:
+        """The same fault, after so many lines of units before."""
+        return replace(self, line=self.line + lines) if self.line else self
+
     def __str__(self) -> str:
         if self.line == 0:
             return f"{self.path}: {self.reason}"
-        return _("line {line}: {reason}", line=self.line, reason=self.reason)
+        return _("{path}, line {line}: {reason}", path=self.path, line=self.line, reason=self.reason)
 
 
 @dataclass
@@ -74,6 +78,8 @@ def find_units(path: str | Path) -> list[Unit]:
         return [_text_unit(file) for file in files]
     if not path.is_file():
         raise UserError(_("{path} does not exist", path=path))
+    if path.suffix.lower() in (".bin", ".idx"):
+        raise UserError(_("{path} is binidx data already; give the text it was made from", path=path))
     if path.suffix.lower() == ".txt":
         return [_text_unit(path)]
     size = path.stat().st_size
@@ -88,14 +94,11 @@ def read_text(path: str | Path, encoding: str = "utf-8-sig") -> Iterator[str]:
     """A text in pieces, every newline as LF.
 
     Raises:
-        UserError: it is not in that encoding.
+        UnicodeError: it is not in that encoding.
     """
-    try:
-        with open(path, encoding=encoding) as file:
-            while piece := file.read(CHUNK):
-                yield piece
-    except UnicodeError as error:
-        raise UserError(_("{path} is not {encoding} text", path=path, encoding=encoding)) from error
+    with open(path, encoding=encoding) as file:
+        while piece := file.read(CHUNK):
+            yield piece
 
 
 def read_lines(unit: Unit) -> Lines:
@@ -158,6 +161,8 @@ def _parse(row: str | bytes) -> bytes | None:
         if stripped != row:
             # The reference strips everything Unicode calls white space, JSON knows only four kinds.
             return _parse(stripped)
+        if isinstance(error, json.JSONDecodeError):
+            raise _BadLine(_("not JSON ({reason} at column {column})", reason=error.msg, column=error.colno)) from error
         raise _BadLine(_("not JSON ({reason})", reason=error)) from error
     if not isinstance(value, dict):
         raise _BadLine(_("not an object of the form {example}", example='{"text": "…"}'))

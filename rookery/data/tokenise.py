@@ -87,7 +87,7 @@ def _characters(unit: Unit) -> str:
         try:
             for piece in read_text(unit.path):
                 found.update(piece)
-        except UserError:
+        except UnicodeError:
             return ""
     else:
         for document in read_lines(unit).documents:
@@ -120,8 +120,9 @@ def _text_pieces(unit: Unit, tokenizer: Tokenizer) -> Iterator[Piece]:
             yield Piece(tokens, none, bytes=read - reported)
             reported = read
         end, _sizes = tokenizer.encode_documents([b""])
-    except UserError as error:
-        fault = Fault(unit.path, 0, str(error))
+    except (UserError, UnicodeError) as error:
+        reason = str(error) if isinstance(error, UserError) else _("not UTF-8 text")
+        fault = Fault(unit.path, 0, reason)
         yield Piece(none.astype(tokenizer.dtype), none, faults=[fault], bytes=unit.stop - reported)
     else:
         yield Piece(end, np.array([size], np.int32), bytes=unit.stop - reported)

@@ -116,6 +116,13 @@ def test_character_text_as_the_reference_reads_it(tmp_path: Path) -> None:
     assert isinstance(load(tmp_path), Character)
 
 
+def test_text_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("你好", encoding="gb18030")
+    for vocab_size in (0, None):
+        with pytest.raises(UserError, match=r"x\.txt is not utf-8"):
+            open_dataset(DataSection(data_file=str(tmp_path / "x.txt")), vocab_size=vocab_size)
+
+
 def test_utf16_text(tmp_path: Path) -> None:
     file = tmp_path / "text.dat"
     file.write_bytes("你好你好".encode("utf-16-le"))
