@@ -2,20 +2,21 @@
 
 The kernels (`wkv7_triton_kernels`, where the algebra is) work on chunks of tokens. There are two schedules:
 
-* *sequential*: one program a head walks its chunks with the state in registers. Least memory traffic; needs as many
-  heads in the batch as keep the GPU busy.
+* *sequential*: one program a head walks its chunks with the state in registers. Least memory traffic, but it takes as
+  many heads in the batch as keep the GPU busy.
 * *parallel*: one program a chunk computes the chunk's map of the state, a short scan joins the maps, and one program a
   chunk computes the outputs. For few heads, where walking the sequence would leave most of the GPU idle.
 
-For the backward pass the forward keeps the state before each chunk and one small inverse per chunk; the rest is computed
-again. bf16 inputs use bf16 tensor cores with fp32 sums, fp16 inputs TF32 (the factors carry decays beyond fp16's range),
-fp32 inputs fp32 arithmetic.
+For the backward pass the forward keeps the state before each chunk and one small inverse per chunk; the rest is
+computed again. bf16 inputs use bf16 tensor cores with fp32 sums; fp16 inputs TF32, because factors carry decays beyond
+fp16's range; fp32 inputs fp32 arithmetic.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,28 +26,56 @@ from torch import Tensor
 
 from rookery.ops.backend import Call
 
-HEAD_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Heads in flight per multiprocessor from which walking the sequence keeps a GPU busy.
-HEADS_PER_MULTIPROCESSOR = 2
+# Head sizes served, and the bytes of shared memory that one program of the largest kernel may take.
+SHARED_MEMORY = {16: 96 * 1024, 32: 96 * 1024, 64: 96 * 1024, 128: 136 * 1024}
+OLDEST_TRITON = (3, 4)
 
 
 def refuses(call: Call) -> str | None:
     """Why this back-end cannot serve `call`, or None."""
     if call.device != "cuda":
         return f"runs on a GPU, not on {call.device}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (it comes with PyTorch's CUDA builds for Linux)"
     if call.dtype not in DTYPES:
         return f"dtype {call.dtype} is not bfloat16, float16 or float32"
-    if call.head_size not in HEAD_SIZES:
-        return f"head size {call.head_size} is not one of {', '.join(map(str, HEAD_SIZES))}"
+    if call.head_size not in SHARED_MEMORY:
+        return f"head size {call.head_size} is not one of {', '.join(map(str, SHARED_MEMORY))}"
+    if call.head_size == 128 and call.dtype != torch.bfloat16:
+        return "head size 128 fits in shared memory only in bfloat16"
+    return _machine_refuses(torch.cuda.current_device(), SHARED_MEMORY[call.head_size])
+
+
+@cache
+def _machine_refuses(device: int, shared_memory: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (it comes with PyTorch's CUDA builds for Linux)"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))} (PyTorch 2.8 brings it)"
+    if torch.version.hip:
+        return "its kernels need more shared memory than AMD GPUs have"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs an NVIDIA GPU of the Ampere generation (RTX 30, A100) or newer"
+    offered = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    if offered < shared_memory:
+        return f"this GPU offers {offered // 1024} KiB of shared memory, {shared_memory // 1024} KiB are needed"
     return None
+
+
+@cache
+def _heads_to_walk(device: torch.device) -> float:
+    """Number of heads from which walking the sequence keeps `device` busy. Of the GPUs it was compiled for, only
+    Hopper's matrix instructions take the walk without spilling many registers."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return math.inf
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a call is cut into programs: tokens per chunk, and whether one program walks all chunks of a head."""
+    """How a call is cut into programs: tokens per chunk (16 or 32, or 64 where shared memory allows), and whether one
+    program walks all chunks of a head."""
 
     chunk: int
     sequential: bool
@@ -54,14 +83,10 @@ class Schedule:
     @classmethod
     def of(cls, r: Tensor) -> Schedule:
         """The schedule for inputs like `r` (B, T, H, N) on its device."""
-        B, T, H, _ = r.shape
-        chunk = 16 if r.dtype == torch.float32 else 32
-        return cls(chunk, T <= chunk or B * H >= HEADS_PER_MULTIPROCESSOR * _multiprocessors(r.device))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        B, T, H, N = r.shape
+        chunk = 32 if r.dtype == torch.bfloat16 and N <= 64 else 16
+        heads = B * H
+        return cls(chunk, sequential=chunk >= T or heads >= _heads_to_walk(r.device))
 
 
 def wkv7_triton(
@@ -104,22 +129,20 @@ class _WKV7(torch.autograd.Function):
 def _forward(
     inputs: tuple[Tensor, ...], state: Tensor, schedule: Schedule, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Outputs, final state, and, if `keep` or the schedule is parallel, the states before the chunks and the inverses."""
+    """Outputs, final state, and, with `keep`, the states before the chunks and the inverses."""
     from rookery.ops import wkv7_triton_kernels as kernels
 
     launch = _Launch(inputs[0], schedule)
     _, w, k, v, a, b = inputs
     y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
     keep = keep or not schedule.sequential
-    states, inverses = launch.per_chunk(launch.N, keep=keep), launch.per_chunk(schedule.chunk, keep=keep)
+    states, inverses = launch.per_chunk(launch.N, keep=keep), launch.per_chunk(launch.C, keep=keep)
     if not schedule.sequential:
-        maps, offsets, decays = launch.maps()
-        launch(kernels.prepare_forward, launch.chunks, w, k, v, a, b, maps, offsets, decays, inverses)
-        launch.scan(state, maps, offsets, decays, states, final, reverse=False)
+        maps = launch.maps()
+        launch(kernels.prepare_forward, launch.chunks, w, k, v, a, b, *maps, inverses)
+        launch.scan(state, *maps, states, final, reverse=False)
     grid = launch.heads if schedule.sequential else launch.chunks
-    launch(
-        kernels.forward, grid, *inputs, state, states, inverses, y, final, SEQUENTIAL=schedule.sequential, KEEP=keep
-    )
+    launch(kernels.forward, grid, *inputs, state, states, inverses, y, final, SEQUENTIAL=schedule.sequential, KEEP=keep)
     return y, final, states, inverses
 
 
@@ -135,9 +158,9 @@ def _backward(
     dinitial = torch.empty_like(dfinal)
     dstates = launch.per_chunk(launch.N, keep=not schedule.sequential)
     if not schedule.sequential:
-        maps, offsets, decays = launch.maps()
-        launch(kernels.prepare_backward, launch.chunks, r, w, a, b, dy, inverses, maps, offsets, decays)
-        launch.scan(dfinal, maps, offsets, decays, dstates, dinitial, reverse=True)
+        maps = launch.maps()
+        launch(kernels.prepare_backward, launch.chunks, r, w, a, b, dy, inverses, *maps)
+        launch.scan(dfinal, *maps, dstates, dinitial, reverse=True)
     grid = launch.heads if schedule.sequential else launch.chunks
     launch(
         kernels.backward, grid, *inputs, states, inverses, dy, dfinal, dstates, *gradients, dinitial,
@@ -150,20 +173,15 @@ class _Launch:
     """Launches kernels, and allocates what passes between them, for inputs like `r`."""
 
     def __init__(self, r: Tensor, schedule: Schedule) -> None:
-        import triton.language as tl
-
         B, self.T, self.H, self.N = r.shape
-        self.device = r.device
-        self.NT = -(-self.T // schedule.chunk)
+        self.C = schedule.chunk
+        self.NT = -(-self.T // self.C)
         self.heads = B * self.H
         self.chunks = self.heads * self.NT
+        self.device = r.device
         self.kept = torch.bfloat16 if r.dtype == torch.bfloat16 else torch.float32
-        self.constants = {
-            "N": self.N,
-            "DOT": tl.bfloat16 if r.dtype == torch.bfloat16 else tl.float32,
-            "PRECISION": "ieee" if r.dtype == torch.float32 else "tf32",
-        }
-        self.chunk = schedule.chunk
+        self.constants = constants(r.dtype, self.N)
+        self.options = options(r.dtype, self.N)
 
     def per_chunk(self, size: int, *, keep: bool) -> Tensor:
         """A (size, size) matrix for each chunk, or nothing."""
@@ -178,21 +196,46 @@ class _Launch:
             torch.empty(self.chunks, self.N, dtype=torch.float32, device=self.device),
         )
 
-    def scan(self, first: Tensor, *tensors: Tensor, reverse: bool) -> None:
+    def scan(self, *tensors: Tensor, reverse: bool) -> None:
         from rookery.ops import wkv7_triton_kernels as kernels
 
-        rows = min(self.N, 32)
         with self._on_device():
-            kernels.scan[(self.heads * (self.N // rows),)](
-                first, *tensors, self.NT, ROWS=rows, REVERSE=reverse, **self.constants, num_warps=rows // 16, num_stages=3
+            kernels.scan[(self.heads * (self.N // scan_rows(self.N)),)](
+                *tensors, self.NT, REVERSE=reverse, ROWS=scan_rows(self.N), **self.constants, **scan_options(self.N)
             )
 
-    def __call__(self, kernel: Any, programs: int, *tensors: Tensor, **constants: Any) -> None:
+    def __call__(self, kernel: Any, programs: int, *tensors: Tensor, **constants: bool) -> None:
         with self._on_device():
             kernel[(programs,)](
-                *tensors, self.T, self.H, self.NT, C=self.chunk, **self.constants, **constants,
-                num_warps=8 if self.N == 128 else 4, num_stages=2,
-            )  # fmt: skip
+                *tensors, self.T, self.H, self.NT, C=self.C, **self.constants, **constants, **self.options
+            )
 
     def _on_device(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+
+def constants(dtype: torch.dtype, N: int) -> dict[str, Any]:
+    """Compile-time constants of every kernel for inputs of `dtype` with head size `N`."""
+    import triton.language as tl
+
+    return {
+        "N": N,
+        "DOT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+def options(dtype: torch.dtype, N: int) -> dict[str, int]:
+    """Launch options of every kernel but the scan: it fits in `SHARED_MEMORY` and spills few registers."""
+    wide = N == 128 or (N == 64 and dtype == torch.float32)
+    return {"num_warps": 8 if wide else 4, "num_stages": 2 if dtype == torch.bfloat16 and N <= 64 else 1}
+
+
+def scan_rows(N: int) -> int:
+    """Rows of the state that one program of the scan carries."""
+    return min(N, 32)
+
+
+def scan_options(N: int) -> dict[str, int]:
+    """Launch options of the scan."""
+    return {"num_warps": max(1, N // 32), "num_stages": 3}

@@ -1,7 +1,7 @@
 """Triton kernels of `wkv7_triton`: the recurrence of RWKV-7 as matrix products over chunks of tokens.
 
-For one head and one chunk of C tokens, with the state S of shape (value, key) at its start, d_t the decays and P_t their
-product from the chunk's start through token t, the recurrence of `rookery.ops.wkv7` unrolls to::
+For one head and one chunk of C tokens, with the state S of shape (value, key) at its start, d_t the decays and P_t
+their product from the chunk's start through token t, the recurrence of `rookery.ops.wkv7` unrolls to::
 
     u_t = S_{t-1} a_t = S (P_{t-1} a_t) + sum_{s<t}  u_s (b_s . P_{t-1}/P_s a_t) + v_s (k_s . P_{t-1}/P_s a_t)
     y_t = S_t r_t     = S (P_t r_t)     + sum_{s<=t} u_s (b_s . P_t/P_s r_t)     + v_s (k_s . P_t/P_s r_t)
@@ -21,10 +21,10 @@ the WY form of the delta rule (Yang et al., arXiv:2406.06484) with the decay of 
 of S it is affine, S' = S (diag(h^2) + M) + Q, and so is the way back of its gradient, which is what lets the chunks be
 worked on in parallel after a short scan over their maps.
 
-Gradients follow by differentiating these lines. Those of the log decays are sums over all products that a decay takes part
-in: what r_in and a_in receive from token t on, less what b_out and k_out gave from token t on. Products wholly after
-t appear in both and must cancel, so both sides use the same rounded factors and fp32 sums; with those the error of
-the decay's gradient stays that of the products which really cross t.
+Gradients follow by differentiating these lines. Those of the log decays are sums over all products that a decay takes
+part in: what r_in and a_in receive from token t on, less what b_out and k_out gave from token t on. Products wholly
+after t appear in both and must cancel, so both sides use the same rounded factors and fp32 sums; with those the error
+of the decay's gradient stays that of the products which really cross t.
 
 Numbers: decays, states carried from chunk to chunk and all sums are fp32; factors of products are rounded to DOT.
 """
@@ -128,8 +128,8 @@ def prepare_backward(
     r, w, a, b, dy, inverses, maps, offsets, decays, T, H, NT,
     N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For every chunk: M^T, D and h^2 of G = G' (diag(h^2) + M^T) + D, which takes the gradient of the chunk's last state
-    to that of its first."""
+    """For every chunk: M^T, D and h^2 of G = G' (diag(h^2) + M^T) + D, where G' and G are the gradients of the states
+    after and before the chunk."""
     program = tl.program_id(0)
     chunk = program.to(tl.int64)
     base, tile, exists = _tokens(program // NT, program % NT, T, H, N, C)
@@ -159,8 +159,8 @@ def scan(
     N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """X <- X (diag(decays) + maps) + offsets over the chunks of each head, from `first` to `last`; `before` gets the X that
-    each chunk starts from. The rows of X are independent: each program carries ROWS of them."""
+    """X <- X (diag(decays) + maps) + offsets over the chunks of each head, from `first` to `last`; `before` gets the X
+    that each chunk starts from. The rows of X are independent: each program carries ROWS of them."""
     program = tl.program_id(0)
     bh = (program // (N // ROWS)).to(tl.int64)
     rows = (program % (N // ROWS)) * ROWS + tl.arange(0, ROWS)
@@ -225,8 +225,8 @@ def forward(
     N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     SEQUENTIAL: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Outputs. SEQUENTIAL: one program a head walks its chunks from `initial` to `final` and, with KEEP, writes `states`
-    (S before each chunk) and `inverses`. Otherwise one program a chunk, reading both."""
+    """Outputs. SEQUENTIAL: one program a head walks its chunks from `initial` to `final` and, with KEEP, writes
+    `states` (S before each chunk) and `inverses`. Otherwise one program a chunk, reading both."""
     program = tl.program_id(0)
     if SEQUENTIAL:
         S = tl.load(initial + program.to(tl.int64) * (N * N) + _square(N))
@@ -320,8 +320,8 @@ def backward(
     N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     SEQUENTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients. SEQUENTIAL: one program a head walks its chunks back from `dfinal` to `dinitial`. Otherwise one program a
-    chunk, reading the gradient of the state after it from `dstates`."""
+    """Gradients. SEQUENTIAL: one program a head walks its chunks back from `dfinal` to `dinitial`. Otherwise one
+    program a chunk, reading the gradient of the state after it from `dstates`."""
     program = tl.program_id(0)
     if SEQUENTIAL:
         G = tl.load(dfinal + program.to(tl.int64) * (N * N) + _square(N))

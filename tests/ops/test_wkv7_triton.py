@@ -1,0 +1,297 @@
+"""The Triton back-end of wkv7.
+
+The tests of its kernels run on a GPU where there is one. `test_under_the_interpreter` runs them in a process of its own
+under Triton's interpreter, which needs none; `test_compiles_for_a_gpu` hands them to the real compiler.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rookery.ops import wkv7, wkv7_triton
+from rookery.ops.backend import Call
+from rookery.ops.wkv7_triton import Schedule
+
+triton = pytest.importorskip("triton", reason="Triton exists for Linux on x86-64 only")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+NAMES = ("y", "final", "dr", "dw", "dk", "dv", "da", "db", "dstate")
+
+kernels = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU")
+schedules = pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "parallel"])
+
+
+def round_to(x: Any, bits: int) -> Any:
+    """fp32 array rounded to nearest even, without its last `bits` bits."""
+    import numpy as np
+
+    raw = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    raw = raw + np.uint32((1 << bits - 1) - 1) + (raw >> np.uint32(bits) & np.uint32(1))
+    return (raw & np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)).view(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def faithful_interpreter() -> Any:
+    """Give Triton's interpreter the arithmetic of a GPU: as it stands it truncates to bf16 instead of rounding,
+    multiplies the bit patterns of bf16 matrices, and does TF32 products in fp32."""
+    if not INTERPRETED:
+        yield
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_float(x: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return (
+                (round_to(x.view(np.float32), 16).view(np.uint32) >> np.uint32(16)).astype(np.uint16).reshape(x.shape)
+            )
+        return convert(x, source, target, mode)
+
+    def create_dot(self: Any, x: Any, y: Any, acc: Any, precision: Any, imprecise: Any) -> Any:
+        def factor(z: Any) -> Any:
+            if z.dtype.scalar == tl.bfloat16:
+                return (z.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            return round_to(z.data, 13) if precision == interpreter._ir.INPUT_PRECISION.TF32 else z.data
+
+        return interpreter.TensorHandle(np.matmul(factor(x), factor(y)) + acc.data, acc.dtype.scalar)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(interpreter, "_convert_float", convert_float)
+    patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    yield
+    patch.undo()
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of `want`."""
+    return float(((got - want).norm() / want.norm()).detach())
+
+
+class Case:
+    """Random inputs with the statistics of a model, and random gradients of both outputs."""
+
+    def __init__(
+        self, T: int, N: int, *, B: int = 2, H: int = 2, dtype: torch.dtype = torch.float32, w: float | None = None,
+        same_key: bool = False,
+    ) -> None:  # fmt: skip
+        generator = torch.Generator().manual_seed(T * N)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        tokens, square = (B, T, H, N), (B, H, N, N)
+        key = torch.nn.functional.normalize(random(*((B, 1, H, N) if same_key else tokens)), dim=-1).expand(tokens)
+        iclr = torch.ones(tokens) if same_key else torch.sigmoid(random(*tokens))
+        decay = 2 * random(*tokens) if w is None else torch.full(tokens, w)
+        inputs = (random(*tokens), decay, random(*tokens) / 2, random(*tokens), -key, key * iclr)
+        self.inputs = [x.to(dtype).to(DEVICE) for x in inputs]
+        self.state = random(*square).to(DEVICE)
+        self.dy, self.dfinal = random(*tokens).to(dtype).to(DEVICE), random(*square).to(DEVICE)
+
+    def reference(self) -> list[Tensor]:
+        """Outputs and gradients in fp64."""
+        leaves = [x.double().requires_grad_() for x in (*self.inputs, self.state)]
+        outputs = wkv7(*leaves, backend="reference")
+        return [*outputs, *torch.autograd.grad(outputs, leaves, (self.dy.double(), self.dfinal.double()))]
+
+    def triton(self, schedule: Schedule | None) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (*self.inputs, self.state)]
+        outputs = wkv7_triton.wkv7_triton(*leaves, schedule=schedule)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, (self.dy, self.dfinal))]
+
+    def errors(self, schedule: Schedule | None) -> dict[str, float]:
+        """Relative error of each output and gradient."""
+        pairs = zip(NAMES, self.triton(schedule), self.reference(), strict=True)
+        return {name: relative_error(got, want) for name, got, want in pairs}
+
+
+@kernels
+@schedules
+@pytest.mark.parametrize(("T", "N"), [(1, 32), (15, 32), (17, 16), (50, 32), (40, 64)])
+def test_fp32_outputs_and_gradients(T: int, N: int, sequential: bool) -> None:
+    errors = Case(T, N).errors(Schedule(16, sequential))
+    assert max(errors.values()) < 2e-6, errors
+
+
+@kernels
+@schedules
+@pytest.mark.parametrize("w", [10.0, -10.0], ids=["clamp", "slow"])
+def test_fp32_extreme_decays(w: float, sequential: bool) -> None:
+    errors = Case(50, 32, w=w).errors(Schedule(16, sequential))
+    assert max(errors.values()) < 2e-6, errors
+
+
+@kernels
+@schedules
+@pytest.mark.parametrize(("chunk", "w"), [(32, None), (32, 10.0), (32, -10.0), (64, 10.0)])
+def test_bf16_outputs_and_gradients(chunk: int, w: float | None, sequential: bool) -> None:
+    """The decay's gradient, where all decays are at the clamp, shows sums that do not cancel as they should."""
+    errors = Case(80, 64, B=1, dtype=torch.bfloat16, w=w).errors(Schedule(chunk, sequential))
+    assert max(errors[name] for name in NAMES if name not in ("da", "db")) < 5e-3, errors
+    assert max(errors["da"], errors["db"]) < 7e-3, errors
+
+
+@kernels
+@schedules
+def test_bf16_head_size_128(sequential: bool) -> None:
+    errors = Case(20, 128, B=1, H=1, dtype=torch.bfloat16).errors(Schedule(16, sequential))
+    assert max(errors.values()) < 7e-3, errors
+
+
+@kernels
+@schedules
+@pytest.mark.parametrize("w", [None, 10.0], ids=["mixed", "clamp"])
+def test_fp16_outputs_and_gradients(w: float | None, sequential: bool) -> None:
+    errors = Case(50, 32, dtype=torch.float16, w=w).errors(Schedule(16, sequential))
+    assert max(errors.values()) < 2e-3, errors
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_key_that_repeats(dtype: torch.dtype) -> None:
+    """Without decay, and every token removing all that its key holds, powers of the chunk's matrix reach 10^8."""
+    errors = Case(64, 32, B=1, dtype=dtype, w=-10.0, same_key=True).errors(Schedule(32, False))
+    assert max(errors.values()) < (2e-6 if dtype == torch.float32 else 3e-2), errors
+
+
+@kernels
+@schedules
+def test_two_halves_equal_the_whole(sequential: bool) -> None:
+    case, schedule = Case(41, 32), Schedule(16, sequential)
+    y, final = wkv7_triton.wkv7_triton(*case.inputs, case.state, schedule)
+    y1, middle = wkv7_triton.wkv7_triton(*(x[:, :19] for x in case.inputs), case.state, schedule)
+    y2, last = wkv7_triton.wkv7_triton(*(x[:, 19:] for x in case.inputs), middle, schedule)
+    torch.testing.assert_close(torch.cat([y1, y2], dim=1), y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, final, rtol=1e-5, atol=1e-5)
+
+
+@kernels
+def test_gradient_of_the_final_state_alone_and_no_initial_state() -> None:
+    case = Case(20, 32)
+    leaves = [x.requires_grad_() for x in case.inputs]
+    _, final = wkv7_triton.wkv7_triton(*leaves, None)
+    dr, *got = torch.autograd.grad(final, leaves, case.dfinal)
+    assert not dr.any()  # the receptance does not reach the state
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    _, final = wkv7(*exact, None, backend="reference")
+    for x, want in zip(got, torch.autograd.grad(final, exact[1:], case.dfinal.double()), strict=True):
+        assert relative_error(x, want) < 2e-6
+
+
+@kernels
+@schedules
+def test_reads_and_writes_stay_inside(sequential: bool) -> None:
+    """Every tensor lies between bands: of NaN around the inputs, which must not be read, and of a mark around all that
+    the back-end allocates, which must not be written. What it allocates starts as NaN, so it must be written."""
+    band, mark = 256, 1234.0
+    bands: list[tuple[Tensor, int]] = []
+
+    def inside(shape: Any, dtype: torch.dtype, around: float) -> Tensor:
+        n = torch.Size(shape).numel()
+        whole = torch.full((n + 2 * band,), around, dtype=dtype, device=DEVICE)
+        whole[band : band + n] = torch.nan
+        bands.append((whole, n))
+        return whole[band : band + n].view(shape)
+
+    class Banded(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.empty.memory_format and kwargs["dtype"].is_floating_point:
+                return inside(args[0], kwargs["dtype"], mark)
+            if func is torch.ops.aten.empty_like.default:
+                return inside(args[0].shape, args[0].dtype, mark)
+            return func(*args, **(kwargs or {}))
+
+    case = Case(21, 32)
+    leaves = []
+    for x in (*case.inputs, case.state):
+        leaves.append(inside(x.shape, x.dtype, torch.nan).copy_(x).requires_grad_())
+    bands.clear()
+    with Banded(), torch.autograd.set_multithreading_enabled(False):
+        outputs = wkv7_triton.wkv7_triton(*leaves, schedule=Schedule(16, sequential))
+        gradients = torch.autograd.grad(outputs, leaves, (case.dy, case.dfinal))
+    assert len(bands) >= 12
+    for whole, n in bands:
+        assert (whole[:band] == mark).all()
+        assert (whole[band + n :] == mark).all()
+    for name, got, want in zip(NAMES, (*outputs, *gradients), case.reference(), strict=True):
+        assert relative_error(got, want) < 2e-6, name
+
+
+@kernels
+def test_inputs_need_not_be_contiguous_and_the_schedule_is_chosen() -> None:
+    case = Case(40, 32)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.inputs]
+    y, final = wkv7_triton.wkv7_triton(*views, case.state)
+    want_y, want_final = wkv7(*case.inputs, case.state, backend="reference")
+    torch.testing.assert_close(y, want_y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(final, want_final, rtol=1e-5, atol=1e-5)
+
+
+def test_says_why_it_cannot_serve() -> None:
+    call = Call(device="cpu", dtype=torch.float32, head_size=64, length=8, needs_grad=False)
+    assert wkv7_triton.refuses(call) == "runs on a GPU, not on cpu"
+    for facts, reason in (
+        ({"dtype": torch.float64}, "float64"),
+        ({"head_size": 48}, "head size 48"),
+        ({"head_size": 128}, "only in bfloat16"),
+    ):
+        assert reason in (wkv7_triton.refuses(Call(**{**vars(call), "device": "cuda", **facts})) or "")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_under_the_interpreter() -> None:
+    """The kernels' tests above, without a GPU."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", str(Path(__file__))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_compiles_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel goes through Triton's compiler and NVIDIA's assembler for an H200, and fits in shared memory."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from rookery.ops import wkv7_triton_kernels as module
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    dtype, N = torch.bfloat16, 64
+    bf16 = "r w k v a b y dy dr dw dk dv da db states inverses maps before dstates"
+    types = dict.fromkeys(bf16.split(), "*bf16") | dict.fromkeys(("T", "H", "NT"), "i32")
+    common = wkv7_triton.constants(dtype, N) | {"C": 32}
+    variants: list[tuple[Any, dict[str, Any], dict[str, int]]] = [
+        (module.prepare_forward, {}, wkv7_triton.options(dtype, N)),
+        (module.prepare_backward, {}, wkv7_triton.options(dtype, N)),
+        (module.scan, {"ROWS": wkv7_triton.scan_rows(N), "REVERSE": True}, wkv7_triton.scan_options(N)),
+    ]
+    for sequential in (True, False):
+        variant = {"SEQUENTIAL": sequential}
+        variants.append((module.forward, variant | {"KEEP": True}, wkv7_triton.options(dtype, N)))
+        variants.append((module.backward, variant, wkv7_triton.options(dtype, N)))
+    for kernel, own, options in variants:
+        names = list(inspect.signature(kernel.fn).parameters)
+        fixed = {name: value for name, value in (common | own).items() if name in names}
+        signature = {name: "constexpr" if name in fixed else types.get(name, "*fp32") for name in names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+        values = {(names.index(name),): value for name, value in fixed.items()}
+        source = ASTSource(kernel, signature, values, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= wkv7_triton.SHARED_MEMORY[N], kernel.fn.__name__
