@@ -9,5 +9,5 @@ class UserError(Exception):
     """
 
 
-class Interrupted(Exception):  # noqa: N818 - an outcome, not a fault
+class Interrupted(Exception):
     """The user stopped the run and everything needed to go on was saved. A command exits with status 130."""

@@ -67,6 +67,7 @@ def _translate(command: Any) -> None:
     for parameter in command.params:
         if getattr(parameter, "help", None):
             parameter.help = _(parameter.help)
+    command.get_help_option(typer.Context(command)).help = _("Show this message and exit")
     for subcommand in getattr(command, "commands", {}).values():
         _translate(subcommand)
 
