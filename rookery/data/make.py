@@ -147,7 +147,6 @@ class _Spool:
         self._stop = on_error == "stop"
         self._sizes: list[np.ndarray] = []
         self._lines = 0
-        self._written = 0
         self._complete = 0
         self.documents = 0
         self.skipped = 0
@@ -172,23 +171,19 @@ class _Spool:
             raise UserError(_fault_message(faults))
         self._lines += piece.lines
         self._file.write(piece.tokens.data)
-        self._written += len(piece.tokens)
         self._complete += int(piece.sizes.sum(dtype=np.int64))
         self._sizes.append(piece.sizes)
         self.documents += len(piece.sizes)
         if faults:
             self.skipped += len(faults)
             self.faults += faults[: max(0, SHOWN_FAULTS - len(self.faults))]
-            if self._written > self._complete:
-                # A text file turned out bad after a part of it was written.
-                self._file.seek(self._complete * self._dtype.itemsize)
-                self._file.truncate()
-                self._written = self._complete
+            # A text file may have turned out bad after a part of it was written.
+            self._file.seek(self._complete * self._dtype.itemsize)
 
     def content(self) -> tuple[np.ndarray, np.ndarray]:
         """All tokens, memory-mapped, and where each document ends in them (int64)."""
         self._file.flush()
-        self._tokens = np.memmap(self._path, self._dtype, "r")
+        self._tokens = np.memmap(self._path, self._dtype, "r", shape=self._complete)
         return self._tokens, np.cumsum(np.concatenate(self._sizes), dtype=np.int64)
 
 

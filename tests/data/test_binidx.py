@@ -1,5 +1,7 @@
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,29 @@ def test_an_exception_leaves_the_old_files(tmp_path: Path) -> None:
     with BinIdxWriter(tmp_path / "x", np.uint16, World()) as writer:
         writer.add(np.array([5, 5, 5]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx"]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_killed_while_the_files_take_their_names(tmp_path: Path, suffix: str) -> None:
+    code = (
+        "import os, sys, numpy as np\n"
+        "from rookery.data import BinIdxWriter\n"
+        "from rookery.tokenizer import Character\n"
+        "def hook(event, values):\n"
+        "    if event == 'os.rename' and str(values[1]).endswith(sys.argv[2] or 'never'):\n"
+        "        os._exit(9)\n"
+        "sys.addaudithook(hook)\n"
+        "with BinIdxWriter(sys.argv[1], np.uint16, Character(['\\0', 'a'])) as writer:\n"
+        "    writer.add(np.array(range(int(sys.argv[3]), 8)))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x")]
+    assert subprocess.run([*command, "", "1"], check=False).returncode == 0
+    assert BinIdx(tmp_path / "x").tokens == 7
+    assert subprocess.run([*command, suffix, "2"], check=False).returncode == 9
+    with pytest.raises(UserError, match=r"x\.idx does not exist"):
+        BinIdx(tmp_path / "x")
+    assert subprocess.run([*command, "", "2"], check=False).returncode == 0
+    assert BinIdx(tmp_path / "x").tokens == 6
 
 
 def damaged(tmp_path: Path, index: bytes | None, data: bytes | None) -> Path:

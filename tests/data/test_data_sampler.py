@@ -61,7 +61,7 @@ def test_cover_sampler_covers_every_target_each_pass(tokens: int, ctx_len: int, 
         targets = {t for offset in offsets for t in range(offset + 1, min(offset + ctx_len, tokens - 1) + 1)}
         assert targets == set(range(1, tokens))
         assert len(set(offsets)) == sampler.period
-    assert all(0 <= offset < tokens for offset in offsets)
+        assert all(0 <= offset <= max(0, tokens - ctx_len - 1) for offset in offsets)
 
 
 def test_cover_sampler_is_a_function_of_the_number_and_changes_its_order() -> None:

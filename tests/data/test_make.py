@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rookery.data import BinIdx, make
-from rookery.data.sources import CHUNK
+from rookery.data.sources import CHUNK, find_units
 from rookery.errors import UserError
 from rookery.tokenizer import Character, World, load
 
@@ -92,6 +92,21 @@ def test_lines_as_the_reference_strips_them(tmp_path: Path, world: World) -> Non
     )
     make(source, 1, tmp_path / "x", shuffle=False)
     assert documents(tmp_path / "x") == [[*world.encode(text), 0] for text in ("a", "b", "🐼", "")]
+
+
+@pytest.mark.parametrize("cut", [-1, 0, 1])
+def test_lines_at_the_edge_of_a_unit(tmp_path: Path, world: World, cut: int) -> None:
+    line = b'{"text": "a line"}\n'
+    first = b'{"text": "' + b"x" * (CHUNK + cut - 13) + b'"}\n'
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(first + line * 3)
+    assert len(first) == CHUNK + cut
+    assert len(find_units(source)) == 2
+    make(source, 1, tmp_path / "x", shuffle=False)
+    assert documents(tmp_path / "x")[1:] == [[*world.encode("a line"), 0]] * 3
+    source.write_bytes(first + line * 3 + b"bad\n")
+    with pytest.raises(UserError, match="line 5"):
+        make(source, 1, tmp_path / "x")
 
 
 BAD = [

@@ -111,6 +111,17 @@ def test_a_colon_that_belongs_to_the_text_is_not_part_of_the_answer(world: World
     assert trained(world, ids) == ['b"\n\n']
 
 
+def test_a_mark_that_begins_inside_a_token(tmp_path: Path) -> None:
+    file = tmp_path / "vocab.txt"
+    lines = [f"{i + 1} {bytes([i])!r} 1\n" for i in range(256)]
+    file.write_text("".join([*lines, "257 '\\n\\nUs' 4\n", "258 'Assistant:' 10\n"]), encoding="utf-8")
+    tokenizer = World(file)
+    ids = tokenizer.encode("Assistant: ab\n\nUser: c")
+    assert ids[:5] == [258, 33, 98, 99, 257]
+    # Its first byte ends the answer, so the model must learn to predict it.
+    assert trained(tokenizer, ids) == [" ab\n\nUs"]
+
+
 def test_padding_never_counts(world: World) -> None:
     ids = [*world.encode("Assistant: a"), 0, 0, 0]
     counts = make_mask("answer", world)(np.array(ids), len(ids) - 2)
