@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SLOW = {"my_exit_tokens": 300 * 32, "epoch_steps": 70, "kernel": "chunked"}
+SLOW = {"my_exit_tokens": 300 * 32, "epoch_steps": 70}
 
 
 def losses(folder: Path) -> dict[int, tuple[float, float]]:

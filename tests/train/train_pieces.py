@@ -24,6 +24,7 @@ FLAGS = {
     "lr_final": 3e-4,
     "weight_decay": 0.1,
     "accelerator": "cpu",
+    "kernel": "chunked",
 }
 
 
