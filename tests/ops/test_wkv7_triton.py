@@ -1,7 +1,7 @@
 """The Triton back-end of wkv7.
 
-The tests of its kernels run on a GPU where there is one. `test_under_the_interpreter` runs them in a process of its own
-under Triton's interpreter, which needs none; `test_compiles_for_a_gpu` hands them to the real compiler.
+The tests of its kernels run on a GPU where there is one. Elsewhere `test_under_the_interpreter` runs them in a process
+of its own under Triton's interpreter, and `test_compiles_for_a_gpu` hands the kernels to the real compiler.
 """
 
 from __future__ import annotations
@@ -253,6 +253,7 @@ def test_says_why_it_cannot_serve() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs them")
 def test_under_the_interpreter() -> None:
     """The kernels' tests above, without a GPU."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
