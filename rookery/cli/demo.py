@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 DEFAULT_LEVEL = "basic"
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST)
+"""What the system says of a folder that cannot be written or is full."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ def demo(
         plan.evaluate(n)
         plan.draw()
     except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         raise UserError(_("Cannot write in {path}: {reason}", path=out, reason=error.strerror or error)) from error
     typer.echo("\n" + _("Finished in {time}.", time=spoken(time.monotonic() - begun)) + "\n" + plan.what_next())
 

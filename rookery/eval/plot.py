@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-SMOOTHING_STEPS = 50
 
 
 def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
@@ -17,6 +16,7 @@ def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     lines = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
     steps: list[dict[str, Any]] = [line for line in lines if "loss" in line]
@@ -29,6 +29,8 @@ def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
     axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
     axes.plot(tokens, smoothed(losses), color="tab:blue", linewidth=1.8, label="smoothed")
     axes.set_yscale("log")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     axes.set_xlabel("million tokens")
     axes.set_ylabel("loss")
     axes.set_title(title)
@@ -47,11 +49,12 @@ def draw_loss(metrics: str | Path, picture: str | Path, title: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def smoothed(values: list[float], steps: int = SMOOTHING_STEPS) -> list[float]:
-    """Exponential moving average over about `steps` values, as long a memory at the start as there is past."""
-    average = 0.0
-    averages = []
-    for i, value in enumerate(values):
-        average += (value - average) / min(i + 1, steps)
-        averages.append(average)
-    return averages
+def smoothed(values: list[float]) -> list[float]:
+    """The mean of each value and its neighbours, as many to the left as to the right: about a fiftieth of all."""
+    reach = len(values) // 100
+    sums = [0.0, *accumulate(values)]
+    means = []
+    for i in range(len(values)):
+        around = min(reach, i, len(values) - 1 - i)
+        means.append((sums[i + around + 1] - sums[i - around]) / (2 * around + 1))
+    return means

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,4 +27,5 @@ def write_report(path: str | Path, results: dict[str, Any]) -> None:
     except OSError as error:
         raise UserError(_("Cannot write {path}: {reason}", path=path, reason=error.strerror)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()

@@ -1,0 +1,225 @@
+"""`rookery chat` as a person and as a pipe see it."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from command import COMMAND, environment
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rookery.errors import UserError
+from rookery.formats import read_weights
+from rookery.infer import Conversation, Sampling, open_model, read
+from rookery.models import ModelShape, create, initialise
+
+posix = pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
+
+
+class Person:
+    """Somebody at a terminal: types, waits for what should appear, presses keys."""
+
+    CTRL_C, CTRL_D = "\x03", "\x04"
+
+    def __init__(self, *args: object, cwd: Path | None = None) -> None:
+        import pty
+
+        self.screen = ""
+        self.read_to = 0
+        self._terminal, other = pty.openpty()
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, args)],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            env=environment() | {"TERM": "dumb"},
+            cwd=cwd,
+            start_new_session=True,
+            preexec_fn=self._take_terminal,
+        )
+        os.close(other)
+
+    @staticmethod
+    def _take_terminal() -> None:
+        import fcntl
+        import termios
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        """The next match of `pattern` on the screen, after the one before."""
+        end = time.monotonic() + seconds
+        while not (match := re.compile(pattern, re.S).search(self.screen, self.read_to)):
+            assert time.monotonic() < end, f"no {pattern!r} in:\n{self.screen}"
+            if select.select([self._terminal], [], [], 0.1)[0]:
+                try:
+                    data = os.read(self._terminal, 65536)
+                except OSError:
+                    data = b""
+                assert data, f"the program ended without {pattern!r}:\n{self.screen}"
+                self.screen += data.decode("utf-8", "replace").replace("\r\n", "\n")
+        self.read_to = match.end()
+        return match
+
+    def leaves(self) -> int:
+        return self.process.wait(30)
+
+
+def test_a_pipe_gets_one_answer_a_line(rookery, talker) -> None:
+    done = rookery("chat", talker, "--max_tokens", 12, text="1+2=?\n\n三+四=?\n你好")
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.splitlines()
+    assert len(answers) == 3
+    assert all(answers)
+
+
+def test_a_file_beside_its_vocabulary_is_the_same_model(rookery, talker, tmp_path) -> None:
+    save_file(read_weights(talker), tmp_path / "model.safetensors")
+    shutil.copy(talker / "vocab.json", tmp_path)
+    answers = {
+        rookery("chat", file, "--max-tokens", 8, text="1+1\n").stdout
+        for file in (talker, tmp_path / "model.safetensors")
+    }
+    assert len(answers) == 1
+    assert len(answers.pop().strip()) == 8
+
+
+def test_options_change_the_answer_as_they_say(rookery, talker) -> None:
+    def answer(*options: object) -> str:
+        done = rookery("chat", talker, "--max-tokens", 16, *options, text="1\n")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    plain = answer()
+    drawn = answer("--temperature", 2, "--top-p", 1, "--seed", 1)
+    assert answer("--temperature", 2, "--top-p", 1, "--seed", 1) == drawn != plain
+    assert answer("--greedy", "--seed", 5) == plain
+    assert answer("--system", "3+3") != plain
+
+
+@pytest.mark.parametrize(
+    ("args", "text", "message"),
+    [
+        (["absent"], "", "absent does not exist"),
+        (["{talker}", "--top-p", "3"], "1", "top_p is 3.0"),
+        (["{talker}", "--tokenizer", "world"], "1", "belongs to another model"),
+        (["{lonely}"], "1", "--tokenizer FILE"),
+        (["{talker}"], "1\nwhat\n", "Line 2: the character 'w'"),
+    ],
+)
+def test_bad_input_is_one_message(rookery, talker, tmp_path, args, text, message) -> None:
+    shutil.copy(talker / "rwkv-final.pth", tmp_path)
+    done = rookery("chat", *(arg.format(talker=talker, lonely=tmp_path) for arg in args), text=text, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@posix
+def test_a_conversation_in_a_terminal(talker, tmp_path) -> None:
+    person = Person("chat", talker, "--max-tokens", 20, cwd=tmp_path)
+    person.wait_for(r"/help lists.*User: ")
+    person.type("/state\n")
+    person.wait_for("nothing was said yet.*User: ")
+    person.type("/save early.safetensors\n")
+    person.wait_for("nothing to save.*User: ")
+    person.type("一+1=?\n")
+    first = person.wait_for(r"Assistant: (\S[^\n]*)\n\nUser: ")[1]
+    assert len(first) == 20
+    person.type("/state\n")
+    match = person.wait_for(r"(\d+) tokens so far.*wkv 2 × 1 × 64 × 64.*0  wkv +([\d.]+).*1  wkv.*User: ")
+    assert int(match[1]) == len("User: 一+1=?\n\nAssistant:") + 20
+    assert float(match[2]) > 0
+    person.type("/save kept\n")
+    person.wait_for("Saved in kept.*User: ")
+    person.type("/save said.txt\n")
+    person.wait_for("Saved in said.txt.*User: ")
+    person.type("2\n")
+    second = person.wait_for(r"Assistant: (\S[^\n]*)\n\nUser: ")[1]
+    person.type("/reset\n")
+    person.wait_for("begins anew.*User: ")
+    person.type("一+1=?\n")
+    assert person.wait_for(r"Assistant: (\S[^\n]*)\n\nUser: ")[1] == first
+    person.type("/load kept\n")
+    person.wait_for("after 2 messages.*User: ")
+    person.type("2\n")
+    assert person.wait_for(r"Assistant: (\S[^\n]*)\n\nUser: ")[1] == second
+    person.type("/sate\n")
+    person.wait_for("no command /sate.*Did you mean /s[ta]")
+    person.type("/help\n")
+    for command in ("/reset", "/save", "/load", "/state", "/help", "/exit"):
+        person.wait_for(command)
+    person.type("what?\n")
+    person.wait_for("character 'w'.*User: ")
+    person.type("/save\n")
+    person.wait_for("needs the name of a file.*User: ")
+    person.type("/load absent\n")
+    person.wait_for("Cannot read the conversation absent.*User: ")
+    person.type("/exit\n")
+    assert person.leaves() == 0
+
+    assert (tmp_path / "said.txt").read_text(encoding="utf-8") == f"User: 一+1=?\n\nAssistant: {first}\n"
+    with safe_open(tmp_path / "kept", "pt") as file:
+        assert set(file.keys()) == {"att_shift", "wkv", "ffn_shift"}
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["kept", "said.txt"]
+
+
+@posix
+def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(talker) -> None:
+    person = Person("chat", talker, "--max-tokens", 1000000)
+    person.wait_for("User: ")
+    person.type("1+1\n")
+    person.wait_for(r"Assistant: \S{5,}")
+    person.type(person.CTRL_C)
+    person.wait_for("\n\nUser: ")
+    person.type(person.CTRL_C)
+    person.wait_for("Ctrl-D or /exit leaves.*User: ")
+    person.type("/state\n")
+    assert int(person.wait_for(r"(\d+) tokens so far.*User: ")[1]) > 20
+    person.type(person.CTRL_D)
+    assert person.leaves() == 0
+    assert "Traceback" not in person.screen
+
+
+def test_a_conversation_of_another_model_is_refused(talker, tmp_path) -> None:
+    model, vocabulary = open_model(talker)
+    conversation = Conversation(model, vocabulary)
+    "".join(conversation.ask("1", Sampling(temperature=0, max_tokens=3)))
+    conversation.save(tmp_path / "kept")
+    other = create(ModelShape("x070", 3, 64, vocabulary.vocab_size, 64, 64, 256, dict.fromkeys("wavg", 32)))
+    initialise(other, 1)
+    with pytest.raises(UserError, match="belongs to another model"):
+        Conversation(other, vocabulary).load(tmp_path / "kept")
+    for damaged in (b"", b"\x00" * 40, (tmp_path / "kept").read_bytes()[:200]):
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(UserError, match="Cannot read"):
+            conversation.load(tmp_path / "damaged")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(UserError, match="not a conversation"):
+        conversation.load(tmp_path / "other")
+
+
+def test_the_carried_state_is_that_of_the_whole_text(talker) -> None:
+    """What is carried from turn to turn equals the state after reading the chat as one document."""
+    model, vocabulary = open_model(talker)
+    conversation = Conversation(model, vocabulary, system="你好")
+    whole = "System: 你好"
+    for text in ("1+1", "二+3", "4"):
+        "".join(conversation.ask(text, Sampling(temperature=0, max_tokens=9)))
+        whole += f"\n\nUser: {text}\n\nAssistant:{conversation.generation.sequence.text}"
+    logits, state = read(model, [conversation.unread], conversation.state)
+    expected_logits, expected = read(model, [vocabulary.encode(whole)])
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(state.wkv, expected.wkv, rtol=1e-3, atol=1e-4)
+    assert conversation.tokens == len(whole)
