@@ -196,12 +196,6 @@ def previous(x: Tensor, before: Tensor) -> Tensor:
     return torch.cat([before[:, None], x[:, :-1]], dim=1)
 
 
-def token_shift(x: Tensor, before: Tensor, *mixes: Tensor) -> list[Tensor]:
-    """For each mix m: x + m * (x_{t-1} - x_t). `x` is (B, T, C), `before` (B, C) what came before its first token."""
-    difference = previous(x, before) - x
-    return [torch.addcmul(x, difference, mix) for mix in mixes]
-
-
 def vector(channels: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(1, 1, channels))
 

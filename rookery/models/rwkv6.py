@@ -19,12 +19,11 @@ from rookery.models.common import (
     previous,
     projection,
     set_,
-    token_shift,
     vector,
 )
 from rookery.models.rwkv5 import initial_bonus, initial_decay
 from rookery.models.shape import ModelShape
-from rookery.ops import wkv6
+from rookery.ops import token_shift, wkv6
 
 
 class RWKV6(LanguageModel):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rookery.models.common import (
@@ -20,11 +19,10 @@ from rookery.models.common import (
     orthogonal_,
     projection,
     set_,
-    token_shift,
     vector,
 )
 from rookery.models.shape import ModelShape
-from rookery.ops import linear, wkv7
+from rookery.ops import linear, mix7, relu_square, token_shift
 
 
 class RWKV7(LanguageModel):
@@ -60,10 +58,7 @@ class TimeMix(TimeMixing):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What to add to the residual stream, the state after the last token, and block 0's values, which the other
         blocks mix into theirs."""
-        B, T, C = x.shape
-        heads = (B, T, *self.r_k.shape)
         xr, xw, xk, xv, xa, xg = token_shift(x, shift, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = self.w0 + linear(torch.tanh(linear(xw, self.w1.T)), self.w2.T)
         a = torch.sigmoid(self.a0 + linear(linear(xa, self.a1.T), self.a2.T))
@@ -72,14 +67,11 @@ class TimeMix(TimeMixing):
             v_first = v
         else:
             v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + linear(linear(xv, self.v1.T), self.v2.T)))
-        kappa = F.normalize((k * self.k_k).view(heads), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a)
-
-        r, w, k, v, a = (z.view(heads) for z in (r, w, k, v, a))
-        y, wkv = wkv7(r, w, k, v, -kappa, kappa * a, wkv, backend=kernel)
-        bonus = (r * k * self.r_k).sum(dim=-1, keepdim=True) * v
-        y = self.ln_x(y.view(B * T, C)).view(B, T, C) + bonus.view(B, T, C)
-        return self.output(y * g), wkv, v_first
+        y, wkv = mix7(
+            r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias, wkv,
+            eps=GROUP_NORM_EPS, kernel=kernel,
+        )  # fmt: skip
+        return self.output(y), wkv, v_first
 
     def initialise(self, generator: torch.Generator) -> None:
         C, N = self.w0.numel(), self.r_k.shape[1]
@@ -123,7 +115,7 @@ class ChannelMix(ChannelMixing):
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         (xk,) = token_shift(x, shift, self.x_k)
-        return self.value(torch.relu(self.key(xk)).square())
+        return self.value(relu_square(self.key(xk)))
 
     def initialise(self, generator: torch.Generator) -> None:
         channel = torch.arange(self.x_k.numel()) / self.x_k.numel()

@@ -25,7 +25,14 @@ CHUNK = 32
 
 
 def wkv7(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None, *,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a sequence.

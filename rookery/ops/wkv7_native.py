@@ -1,7 +1,7 @@
 """The recurrence of RWKV-7 on a CPU, compiled by Numba: no compiler is needed on the user's machine.
 
 The state of a head is kept transposed, [key, value], so that the inner loops run over contiguous values. The forward
-pass keeps u_t = S_{t-1} a_t of every token and the state at the start of every `CHUNK` tokens; the backward pass
+pass keeps u_t = S_{t-1} a_t of every token and the state at the start of every few tokens; the backward pass
 replays a chunk's states from there, which is exact whatever the decay (dividing the decay out, as the published CUDA
 kernels do, is not).
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from rookery.ops.backend import Call
 
-CHUNK = 16
 LOG_DECAY_SCALE = -math.exp(-0.5)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -52,33 +50,33 @@ def wkv7_native(
 class _WKV7(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Any:
+        from rookery.ops import wkv7_numba
+        from rookery.ops.jit import share_out, static
+
         B, T, H, N = r.shape
         sigmoid = torch.sigmoid(w)
         decay = torch.exp(LOG_DECAY_SCALE * sigmoid)
         y, u = torch.empty_like(r), torch.empty_like(r)
         S = state.mT.contiguous().clone()
         keep = any(ctx.needs_input_grad)
-        starts = r.new_empty(B, H, -(-T // CHUNK) if keep else 0, N, N)
-        kernels(N).forward(*(x.detach().numpy() for x in (r, decay, k, v, a, b, S, y, u, starts)))
+        starts = r.new_empty(B, H, -(-T // wkv7_numba.CHUNK) if keep else 0, N, N)
+        arrays = (r, decay, k, v, a, b, S, y, u, starts)
+        share_out(wkv7_numba.forward, B * H, static(N), *(x.detach().numpy() for x in arrays))
         if keep:
             ctx.save_for_backward(r, decay, sigmoid, k, v, a, b, u, starts)
         return y, S.mT.contiguous()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> Any:
+        from rookery.ops import wkv7_numba
+        from rookery.ops.jit import share_out, static
+
         r, decay, sigmoid, k, v, a, b, u, starts = ctx.saved_tensors
         G = dfinal.mT.contiguous().clone()
         grads = [torch.empty_like(r) for _ in range(6)]
         arrays = (r, decay, k, v, a, b, u, starts, dy.contiguous(), G, *grads)
-        kernels(r.shape[-1]).backward(*(x.detach().numpy() for x in arrays))
+        B, _, H, N = r.shape
+        share_out(wkv7_numba.backward, B * H, static(N), *(x.detach().numpy() for x in arrays))
         dr, dd, dk, dv, da, db = grads
         dw = dd.mul_(decay).mul_(sigmoid).mul_(1 - sigmoid).mul_(LOG_DECAY_SCALE)
         return dr, dw, dk, dv, da, db, G.mT
-
-
-@cache
-def kernels(head_size: int) -> Any:
-    """The compiled loops for one head size (a constant lets the compiler unroll them)."""
-    from rookery.ops import wkv7_numba
-
-    return wkv7_numba.build(head_size)

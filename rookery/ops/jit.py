@@ -1,0 +1,63 @@
+"""How Numba compiles the CPU loops, and how they run on several threads. Importing this imports Numba."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+from numba import njit
+from numba.core.compiler import Compiler
+
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+"""Sums may be reassociated and contracted, which lets them use vector registers; NaN and Inf stay what they are."""
+
+
+class NoAlias(Compiler):
+    """Compiles functions whose array arguments never overlap.
+
+    Otherwise LLVM must check at run time, and where a loop has many arrays it gives up vector registers: the backward
+    step of wkv7 takes three times as long.
+    """
+
+    def define_pipelines(self):  # type: ignore[no-untyped-def]
+        self.state.flags.noalias = True
+        return super().define_pipelines()
+
+
+inner = njit(fastmath=FAST, cache=True, pipeline_class=NoAlias)
+"""Decorator of an inner loop, whose array arguments must not overlap."""
+
+outer = njit(fastmath=FAST, cache=True, nogil=True)
+"""Decorator of a function `f(first, last, ...)` that does the pieces of work first..last-1 for `share_out`."""
+
+
+def share_out(function: Callable[..., None], pieces: int, *args: Any) -> None:
+    """Call `function(first, last, *args)` over `range(pieces)`, shared among as many threads as PyTorch uses.
+
+    Plain threads rather than Numba's: its OpenMP pool is another one than PyTorch's, and each spins on the processor
+    while the other works.
+    """
+    threads = min(torch.get_num_threads(), pieces)
+    bounds = [pieces * i // threads for i in range(threads + 1)] if threads else [0]
+    futures = [
+        _pool(threads - 1).submit(function, first, last, *args)
+        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
+    ]
+    if threads:
+        function(0, bounds[1], *args)
+    for future in futures:
+        future.result()
+
+
+def static(n: int) -> tuple[None, ...]:
+    """`n` as an argument of compiled code that knows it: the length of a tuple is part of its type, and loops of known
+    length are unrolled."""
+    return (None,) * n
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="rookery-ops")

@@ -1,0 +1,128 @@
+"""RWKV-7's time mixing between its matrix products: removal key, recurrence, group norm, bonus and gate.
+
+Each step works inside one head of one token, so on a CPU in fp32 one Numba loop does them all around the recurrence,
+which spares forty passes over memory. Elsewhere the same formulas run as PyTorch operations around `wkv7`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rookery.ops.pointwise import native
+from rookery.ops.wkv7 import wkv7
+
+LOG_DECAY_SCALE = -math.exp(-0.5)
+
+
+def mix7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, g: Tensor,
+    k_k: Tensor, k_a: Tensor, r_k: Tensor, ln_weight: Tensor, ln_bias: Tensor, state: Tensor | None, *,
+    eps: float = 64e-5, kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Read a sequence::
+
+        kappa = (k * k_k) / |k * k_k|            of each head
+        k     = k * (1 + (a - 1) * k_a)
+        y     = wkv7(r, w, k, v, -kappa, kappa * a)
+        y     = group_norm(y) + (r . k . r_k) v   of each head
+        out   = y * g
+
+    Args:
+        r, k, v: receptance, key, value (after the value residual), (B, T, C).
+        w: raw pre-activation of the decay, (B, T, C).
+        a: in-context learning rate, (B, T, C), between 0 and 1.
+        g: gate, (B, T, C).
+        k_k, k_a: C elements. r_k: (H, N). ln_weight, ln_bias: C elements.
+        state: (B, H, N, N), [value, key]; None means zeros.
+        eps: of the group norm.
+        kernel: back-end of the recurrence, as in `wkv7`.
+
+    Returns:
+        `out` (B, T, C), and the final state (B, H, N, N).
+    """
+    H, N = r_k.shape
+    parameters = (k_k, k_a, r_k, ln_weight, ln_bias)
+    if kernel in ("auto", "native") and N % 4 == 0 and native(r, w, k, v, a, g, *parameters):
+        state = r.new_zeros(len(r), H, N, N) if state is None else state
+        return _Mix7.apply(r, w, k, v, a, g, *parameters, state, eps)
+    return mix7_plain(r, w, k, v, a, g, *parameters, state, eps=eps, kernel=kernel)
+
+
+def mix7_plain(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, g: Tensor,
+    k_k: Tensor, k_a: Tensor, r_k: Tensor, ln_weight: Tensor, ln_bias: Tensor, state: Tensor | None, *,
+    eps: float = 64e-5, kernel: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`mix7` as separate operations."""
+    B, T, C = r.shape
+    H = len(r_k)
+    kappa = F.normalize((k * k_k).view(B, T, *r_k.shape), dim=-1, eps=1e-12)
+    k = k * (1 + (a - 1) * k_a)
+    r, w, k, v, a = (x.view(B, T, *r_k.shape) for x in (r, w, k, v, a))
+    y, state = wkv7(r, w, k, v, -kappa, kappa * a, state, backend=kernel)
+    y = F.group_norm(y.view(B * T, C), H, ln_weight, ln_bias, eps).view(B, T, C)
+    bonus = (r * k * r_k).sum(dim=-1, keepdim=True) * v
+    return (y + bonus.view(B, T, C)) * g, state
+
+
+class _Mix7(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, g: Tensor,
+        k_k: Tensor, k_a: Tensor, r_k: Tensor, ln_weight: Tensor, ln_bias: Tensor, state: Tensor, eps: float,
+    ) -> Any:  # fmt: skip
+        from rookery.ops import mix7_numba
+        from rookery.ops.jit import share_out, static
+
+        (B, T, C), (H, N) = r.shape, r_k.shape
+        keep = any(ctx.needs_input_grad)
+        sigmoid = torch.sigmoid(w.reshape(B, T, H, N))
+        decay = torch.exp(LOG_DECAY_SCALE * sigmoid)
+        inputs = [x.reshape(B, T, H, N).contiguous() for x in (r, decay, k, v, a, g)]
+        parameters = torch.stack([x.reshape(H, N) for x in (k_k, k_a, r_k, ln_weight, ln_bias)], dim=1)
+        y, u, out = (torch.empty_like(inputs[0]) for _ in range(3))
+        S = state.mT.contiguous().clone()
+        starts = r.new_empty(B, H, -(-T // mix7_numba.CHUNK) if keep else 0, N, N)
+        arrays = (*inputs, parameters, S, y, u, starts, out)
+        share_out(mix7_numba.forward, B * H, static(N), *(x.detach().numpy() for x in arrays), eps)
+        if keep:
+            ctx.save_for_backward(*inputs, sigmoid, parameters, y, u, starts)
+            ctx.eps = eps
+            ctx.shapes = [x.shape for x in (k_k, k_a, r_k, ln_weight, ln_bias)]
+        return out.view(B, T, C), S.mT.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dfinal: Tensor) -> Any:
+        from rookery.ops import mix7_numba
+        from rookery.ops.jit import share_out, static
+
+        *inputs, sigmoid, parameters, y, u, starts = ctx.saved_tensors
+        B, T, H, N = inputs[0].shape
+        G = dfinal.mT.contiguous().clone()
+        grads = [torch.empty_like(y) for _ in inputs]
+        dparameters = y.new_zeros(B, *parameters.shape)
+        arrays = (
+            *inputs,
+            sigmoid,
+            parameters,
+            y,
+            u,
+            starts,
+            dout.reshape(y.shape).contiguous(),
+            G,
+            *grads,
+            dparameters,
+        )
+        share_out(mix7_numba.backward, B * H, static(N), *(x.numpy() for x in arrays), ctx.eps)
+        dparameters = dparameters.sum(dim=0).unbind(dim=1)
+        return (
+            *(grad.view(B, T, H * N) for grad in grads),
+            *(grad.reshape(shape) for grad, shape in zip(dparameters, ctx.shapes, strict=True)),
+            G.mT,
+            None,
+        )
