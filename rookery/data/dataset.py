@@ -138,7 +138,12 @@ class Dataset:
 
 
 def open_dataset(
-    data: DataSection, *, vocab_size: int | None = None, seed: int = 0, data_file: str | None = None
+    data: DataSection,
+    *,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    data_file: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
     """Open what `data_file` names, whatever its format.
 
@@ -148,13 +153,15 @@ def open_dataset(
             character vocabulary of a text; None takes the tokenizer's size.
         seed: of the sampler for small data.
         data_file: read this instead of ``data.data_file`` (the validation data, for one).
+        tokenizer: take this one, whatever the section and the data say: validation data need that of the training
+            data, whose character vocabulary they would not give again.
 
     Raises:
         UserError: no such data, damaged or foreign files, ids beyond the vocabulary, a magic_prime that does not fit.
     """
     name = data.data_file if data_file is None else data_file
     data_type = _detect(name, data.data_type)
-    stream, documents, tokenizer = _read(name, data_type, data.tokenizer, vocab_size)
+    stream, documents, tokenizer = _read(name, data_type, data.tokenizer, vocab_size, tokenizer)
     if len(stream) < 2:
         raise UserError(_("{file} has fewer than two tokens: there is nothing to predict", file=name))
     sampler, prime, notes = _sampler(len(stream), data, seed)
@@ -231,31 +238,36 @@ def _detect(name: str, data_type: str) -> str:
     raise UserError(message)
 
 
-def _read(name: str, data_type: str, wanted: str, vocab_size: int | None) -> tuple[np.ndarray, int, Tokenizer]:
+def _read(
+    name: str, data_type: str, wanted: str, vocab_size: int | None, tokenizer: Tokenizer | None
+) -> tuple[np.ndarray, int, Tokenizer]:
     """The tokens, the number of documents (0 = unknown), and the tokenizer.
 
     Args:
         wanted: the tokenizer's name, or "" to find it.
+        tokenizer: the one to take, if that is known.
     """
     if data_type == "binidx":
         binidx = BinIdx(name)
-        return binidx.stream, len(binidx), _known_tokenizer(binidx.prefix, wanted)
+        return binidx.stream, len(binidx), tokenizer or _known_tokenizer(binidx.prefix, wanted)
     if data_type in ("numpy", "uint16"):
-        return _read_array(name, data_type), 0, _known_tokenizer(name, wanted)
+        return _read_array(name, data_type), 0, tokenizer or _known_tokenizer(name, wanted)
     if data_type == "dummy":
-        tokenizer: Tokenizer = Character.build(_dummy_text())
-        return tokenizer.encode_array(_dummy_text()), 0, tokenizer
+        text = _dummy_text()
+        tokenizer = tokenizer or Character.build(text)
+        return tokenizer.encode_array(text), 0, tokenizer
 
     path = Path(name)
-    characters = wanted == "char" or (not wanted and vocab_size == 0)
+    if tokenizer is None and not (wanted == "char" or (not wanted and vocab_size == 0)):
+        tokenizer = tokenizers.load(wanted or "world")
     if data_type == "jsonl" or path.is_dir():
         units = find_units(path)
-        return _tokenised(units, build_vocabulary(units) if characters else tokenizers.load(wanted or "world"))
+        return _tokenised(units, tokenizer or build_vocabulary(units))
     if not path.is_file():
         raise UserError(_("{path} does not exist", path=path))
     encoding = "utf-16-le" if data_type == "utf-16le" else "utf-8-sig"
     try:
-        tokenizer = Character.build(read_text(path, encoding)) if characters else tokenizers.load(wanted or "world")
+        tokenizer = tokenizer or Character.build(read_text(path, encoding))
         pieces = list(tokenizer.encode_stream(read_text(path, encoding)))
     except UnicodeError as error:
         raise UserError(_("{path} is not {encoding} text", path=path, encoding=encoding)) from error

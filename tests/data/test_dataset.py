@@ -200,6 +200,18 @@ def test_missing_data(tmp_path: Path, name: str) -> None:
         open_dataset(DataSection(data_file=name and str(tmp_path / name)))
 
 
+def test_validation_text_takes_the_vocabulary_of_the_training_text(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("abcdef" * 9, encoding="utf-8")
+    (tmp_path / "val.txt").write_text("fedf" * 9, encoding="utf-8")
+    section = DataSection(data_file=str(tmp_path / "train.txt"), val_file=str(tmp_path / "val.txt"), ctx_len=4)
+    train = open_dataset(section, vocab_size=0)
+    val = open_dataset(section, vocab_size=6, data_file=section.val_file, tokenizer=train.tokenizer)
+    assert val.stream[:4].tolist() == [5, 4, 3, 5]
+    (tmp_path / "val.txt").write_text("xyz", encoding="utf-8")
+    with pytest.raises(UserError, match="'x'"):
+        open_dataset(section, data_file=section.val_file, tokenizer=train.tokenizer)
+
+
 def test_validation_data(tmp_path: Path) -> None:
     section = DataSection(data_file="unused", val_file=binidx(tmp_path / "v", np.arange(100)), ctx_len=4)
     assert open_dataset(section, data_file=section.val_file).facts.tokens == 100
