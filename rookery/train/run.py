@@ -297,7 +297,7 @@ def _train(
         monitor=monitor,
         observers=observers,
         stop=stop,
-        validate=_validator(config, engine, loss_function, stop),
+        validate=_validator(config, dataset, engine, loss_function, stop),
         epoch_steps=epoch_steps,
         total_steps=schedule.total_steps,
     )
@@ -336,13 +336,15 @@ def _open_training_data(config: TrainConfig) -> Dataset:
 
 
 def _validator(
-    config: TrainConfig, engine: Engine, loss_function: LossFunction, stop: StopRequest
+    config: TrainConfig, training: Dataset, engine: Engine, loss_function: LossFunction, stop: StopRequest
 ) -> Callable[[], float | None] | None:
     """Computes the validation loss, if there is a `val_file`."""
     if not config.data.val_file:
         return None
     section = config.data.model_copy(update={"magic_prime": None, "data_type": "auto"})
-    dataset = open_dataset(section, vocab_size=config.model.vocab_size, data_file=config.data.val_file)
+    dataset = open_dataset(
+        section, vocab_size=config.model.vocab_size, data_file=config.data.val_file, tokenizer=training.tokenizer
+    )
     validation = Validation(dataset, config.run.micro_bsz, engine.device)
     return lambda: validation.loss(engine.model, loss_function, lambda: stop.made)
 
