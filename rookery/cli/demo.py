@@ -235,7 +235,7 @@ class Plan:
     def what_next(self) -> str:
         """How to go on from here, as commands to copy."""
         config = self.parsed.config
-        shape = f"--n_layer {config.model.n_layer} --n_embd {config.model.n_embd}"
+        shape = f"--n_layer {config.model.n_layer} --n_embd {config.model.n_embd} --head_size {config.model.head_size}"
         size = f"--ctx_len {config.data.ctx_len} --micro_bsz {config.run.micro_bsz}"
         greedy = " --greedy" if self.recipe.tokenizer == "world" else ""
         return "\n".join(
