@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rookery.config import TrainConfig
 from rookery.errors import Interrupted, UserError
 from rookery.formats import write_pth
@@ -160,7 +162,7 @@ class Keeper(Callback):
         self.progress.engine = self._engine.state_dict()
         try:
             checkpoint.write(self._rundir.checkpoints, self.progress.step, vars(self.progress), self._engine.save)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(
                 _(
                     "cannot save a checkpoint in {folder}: {reason}. Earlier checkpoints are untouched; "

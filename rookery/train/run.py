@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
@@ -38,6 +40,9 @@ from rookery.train.start import Start, find_start
 from rookery.train.strategies import Engine, check_devices, create_engine
 from rookery.train.trackers import TensorBoard, WandB
 from rookery.train.validate import Validation
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the operating system answers when the disk, a quota or the largest file size is used up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +107,20 @@ def run(config: TrainConfig, origins: Origins | None = None, *, callbacks: Itera
     except UserError as error:
         reason = str(error)
         raise
-    except BaseException:
+    except BaseException as error:
         reason = traceback.format_exc()
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            reason = _(
+                "{folder} cannot be written: {reason}. Make room and run the same command again; it goes on from the "
+                "last checkpoint.",
+                folder=rundir.path,
+                reason=error,
+            )
+            raise UserError(reason) from error
         raise
     finally:
-        observers.on_end(phase, reason)
+        with suppress(OSError):  # on a full disk, why the run ended matters more than a last line
+            observers.on_end(phase, reason)
         rundir.close()
 
 
@@ -156,6 +170,7 @@ def _run(
         return RunResult(0, None, None, 0, rundir.path, file, _("initial weights are in {file}", file=file))
     engine = _build_engine(config, model)
     progress = _restore(config, start, engine)
+    del start, prepared  # closes the mapped weight files: Windows could not remove an old checkpoint else
     return _train(config, dataset, engine, progress, rundir, observers, stop)
 
 

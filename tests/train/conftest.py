@@ -31,7 +31,7 @@ def command(data_file, tmp_path):
     """Starts the real command on the tiny run, with changed flags; gives the process."""
     processes: list[subprocess.Popen] = []
 
-    def start(**changes) -> subprocess.Popen:
+    def start(preexec_fn=None, **changes) -> subprocess.Popen:
         flags = {**FLAGS, "data_file": data_file, "proj_dir": tmp_path / "run", **changes}
         words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
         process = subprocess.Popen(
@@ -39,6 +39,7 @@ def command(data_file, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=preexec_fn,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         processes.append(process)

@@ -80,15 +80,11 @@ def test_a_run_stopped_killed_and_damaged_equals_the_uninterrupted_one(command, 
     ]
     assert [line[:4] for line in log if line[0].isdigit()] == [line[:4] for line in expected if line[0].isdigit()]
 
-    process = command(save_every=20, **SLOW)
-    assert "300" in finish(process)
-    assert process.returncode == 0
-    assert len(losses(folder)) == 300
-
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT that reaches one process alone")
 def test_a_second_ctrl_c_ends_at_once_and_the_next_run_goes_on(command, tmp_path):
-    process = command(save_every=10, **SLOW)
+    flags = {**SLOW, "my_exit_tokens": 100 * 32}
+    process = command(save_every=10, **flags)
     folder = tmp_path / "run"
     wait_for_step(process, folder, 15)
     process.send_signal(signal.SIGINT)
@@ -96,7 +92,24 @@ def test_a_second_ctrl_c_ends_at_once_and_the_next_run_goes_on(command, tmp_path
     finish(process)
     assert process.returncode == 130
     assert status(folder)["phase"] == "stopped"
-    process = command(save_every=10, **SLOW)
+    process = command(save_every=10, **flags)
     assert "from step" in finish(process)
     assert process.returncode == 0
-    assert len(losses(folder)) == 300
+    assert len(losses(folder)) == 100
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of a file")
+def test_a_disk_without_room_is_reported_and_leaves_no_half_checkpoint(command, tmp_path):
+    """The largest file is limited so that weights still fit, but not the optimiser's state."""
+    import resource
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    process = command(preexec_fn=limit, save_every=20)
+    output = finish(process)
+    assert process.returncode == 2, output
+    assert "cannot save a checkpoint" in output
+    assert "Traceback" not in output
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    assert status(tmp_path / "run")["phase"] == "failed"

@@ -74,7 +74,9 @@ def test_a_finished_run_says_so_and_trains_nothing(config, tmp_path, capsys):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_weights_have_the_dtype_of_the_precision(config, tmp_path, precision, dtype):
     rookery.train.run(config(precision=precision, my_exit_tokens=3 * 2 * CTX))
     for name in ("rwkv-init.pth", "rwkv-final.pth"):

@@ -85,11 +85,15 @@ class SingleDevice:
         loss, self._loss = self._loss, None
         masters = list(self._masters.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in masters if p.grad is not None])
-        scale = self._one if self._loss_scale is None else self._loss_scale.scale
-        norm = norm / scale
-        overflow = ~norm.isfinite()
-        expected = False if self._loss_scale is None else scale > LossScale.SMALLEST
-        self._diverged = self._diverged | ~loss.isfinite() | (overflow & ~torch.as_tensor(expected, device=norm.device))
+        if self._loss_scale is None:
+            scale = self._one
+            overflow = beyond_scaling = ~norm.isfinite()
+        else:
+            scale = self._loss_scale.scale
+            norm = norm / scale
+            overflow = ~norm.isfinite()
+            beyond_scaling = overflow & (scale <= LossScale.SMALLEST)
+        self._diverged = self._diverged | ~loss.isfinite() | beyond_scaling
 
         # Unscaling, clipping and leaving out a bad update all happen inside the fused kernel: no pass over the
         # gradients of their own, and no wait for the device.
