@@ -14,6 +14,9 @@ from rookery.i18n import _
 UNCOUNTED = " \t0123456789"
 """Tokens whose text lies inside this string are not counted by the frequency penalty."""
 
+ENOUGH = 1024
+"""Tokens among which the cut is looked for first."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -95,16 +98,30 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, 
     probs = logits.float().softmax(-1)
     vocab = probs.shape[-1]
     if top_p < 1 or 0 < top_k < vocab:
-        ordered, ids = probs.sort(-1, descending=True)
+        ordered, ids = _likeliest(probs, top_p, top_k)
         reached = ordered.cumsum(-1) >= top_p
-        last = torch.where(reached.any(-1), reached.int().argmax(-1), vocab - 1)
+        last = torch.where(reached.any(-1), reached.int().argmax(-1), ordered.shape[-1] - 1)
         cutoff = ordered.gather(-1, last.unsqueeze(-1))
-        probs = torch.where(probs < cutoff, 0.0, probs)
         if 0 < top_k < vocab:
-            probs = probs.scatter(-1, ids[..., top_k:], 0.0)
+            kept = ids[..., :top_k]
+            probs = torch.zeros_like(probs).scatter(-1, kept, probs.gather(-1, kept))
+        probs = torch.where(probs < cutoff, 0.0, probs)
     if temperature != 1:
         probs = probs ** (1 / temperature)
     return probs / probs.sum(-1, keepdim=True)
+
+
+def _likeliest(probs: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """Probabilities and ids in falling order, as many as `top_p` and `top_k` can keep.
+
+    Sorting a large vocabulary takes longer than all else in a draw, and is seldom needed.
+    """
+    vocab = probs.shape[-1]
+    if top_k <= ENOUGH < vocab:
+        ordered, ids = probs.topk(ENOUGH, dim=-1)
+        if top_p < 1 and bool((ordered.sum(-1) >= top_p).all()):
+            return ordered, ids
+    return probs.sort(-1, descending=True)
 
 
 class Sampler:
@@ -141,7 +158,8 @@ class Sampler:
         if sampling.temperature == 0:
             return int(logits.argmax())
         probs = probabilities(logits, sampling.temperature, sampling.top_p, sampling.top_k)
-        return int(torch.multinomial(probs, 1, generator=self._generator))
+        possible = probs.nonzero().squeeze(-1)
+        return int(possible[torch.multinomial(probs[possible], 1, generator=self._generator)])
 
     def saw(self, token: int) -> None:
         """Remember a chosen token for the penalties."""

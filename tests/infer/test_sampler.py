@@ -45,6 +45,16 @@ def test_a_batch_equals_its_rows(rows, top_p, top_k, temperature) -> None:
     torch.testing.assert_close(together.sum(-1), torch.ones(len(rows)))
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.5, 0), (0.99, 0), (0.9, 40), (0.9, 2000), (1.0, 30), (0.0, 0)])
+@pytest.mark.parametrize("spread", [1.0, 5.0])
+def test_a_large_vocabulary_is_cut_like_a_small_one(monkeypatch, spread, top_p, top_k) -> None:
+    """The search among the likeliest tokens gives what sorting all gives."""
+    logits = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(1)) * spread
+    quick = probabilities(logits, 0.7, top_p, top_k)
+    monkeypatch.setattr("rookery.infer.sampler.ENOUGH", 20_000)
+    torch.testing.assert_close(probabilities(logits, 0.7, top_p, top_k), quick, rtol=0, atol=0)
+
+
 def text_of(token: int) -> str:
     return "ab1 "[token]
 
