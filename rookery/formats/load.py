@@ -38,7 +38,9 @@ def load(
     tensors = read_weights(path)
     shape = shape_of(tensors, str(path))
     device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    if dtype == "auto":
+    if isinstance(dtype, str):
+        if dtype != "auto":
+            raise ValueError(f"dtype {dtype!r} is neither 'auto' nor a torch dtype")
         dtype = torch.float32 if device.type == "cpu" else tensors["head.weight"].dtype
     model = create(shape, kernel=kernel)
     if state is not None:

@@ -1,7 +1,7 @@
 """Choosing a back-end for one call of an op.
 
-An op has several back-ends in order of preference. Each says of a call why it cannot serve it (device, dtype, head size,
-a missing package), or that it can. The first that can is taken; the choice and its reason are logged once.
+An op has several back-ends in order of preference. Each says of a call why it cannot serve it (device, dtype, head
+size, a missing package), or that it can. The first that can is taken; the choice and its reason are logged once.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Op:
         Raises:
             ValueError: `wanted` is unknown, or cannot serve the call (the reason is in the message).
         """
-        rejected = []
+        rejected: list[str] = []
         for backend in self.backends:
             if wanted not in ("auto", backend.name):
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class NoAlias(Compiler):
     step of wkv7 takes three times as long.
     """
 
-    def define_pipelines(self):  # type: ignore[no-untyped-def]
+    def define_pipelines(self):
         self.state.flags.noalias = True
         return super().define_pipelines()
 
@@ -42,10 +43,7 @@ def share_out(function: Callable[..., None], pieces: int, *args: Any) -> None:
     """
     threads = min(torch.get_num_threads(), pieces)
     bounds = [pieces * i // threads for i in range(threads + 1)] if threads else [0]
-    futures = [
-        _pool(threads - 1).submit(function, first, last, *args)
-        for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
-    ]
+    futures = [_pool(threads - 1).submit(function, first, last, *args) for first, last in pairwise(bounds[1:])]
     if threads:
         function(0, bounds[1], *args)
     for future in futures:

@@ -58,16 +58,18 @@ def mix7_plain(
     k_k: Tensor, k_a: Tensor, r_k: Tensor, ln_weight: Tensor, ln_bias: Tensor, state: Tensor | None, *,
     eps: float = 64e-5, kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`mix7` as separate operations."""
+    """`mix7` as separate operations. In half precision each of the two steps around the recurrence works in fp32 and
+    rounds once, as the reference's fused kernels do."""
     B, T, C = r.shape
-    H = len(r_k)
+    H, dtype, exact = len(r_k), r.dtype, torch.promote_types(r.dtype, torch.float32)
+    k, a = k.to(exact), a.to(exact)
     kappa = F.normalize((k * k_k).view(B, T, *r_k.shape), dim=-1, eps=1e-12)
-    k = k * (1 + (a - 1) * k_a)
+    k = (k * (1 + (a - 1) * k_a)).to(dtype)
     r, w, k, v, a = (x.view(B, T, *r_k.shape) for x in (r, w, k, v, a))
-    y, state = wkv7(r, w, k, v, -kappa, kappa * a, state, backend=kernel)
-    y = F.group_norm(y.view(B * T, C), H, ln_weight, ln_bias, eps).view(B, T, C)
-    bonus = (r * k * r_k).sum(dim=-1, keepdim=True) * v
-    return (y + bonus.view(B, T, C)) * g, state
+    y, state = wkv7(r, w, k, v, -kappa.to(dtype), (kappa * a).to(dtype), state, backend=kernel)
+    y = F.group_norm(y.view(B * T, C).to(exact), H, ln_weight.to(exact), ln_bias.to(exact), eps)
+    bonus = (r.to(exact) * k * r_k).sum(dim=-1, keepdim=True) * v
+    return ((y.view(B, T, C) + bonus.view(B, T, C)) * g).to(dtype), state
 
 
 class _Mix7(torch.autograd.Function):
@@ -81,7 +83,8 @@ class _Mix7(torch.autograd.Function):
 
         (B, T, C), (H, N) = r.shape, r_k.shape
         keep = any(ctx.needs_input_grad)
-        sigmoid = torch.sigmoid(w.reshape(B, T, H, N))
+        w = w.reshape(B, T, H, N)
+        sigmoid = torch.sigmoid(w)
         decay = torch.exp(LOG_DECAY_SCALE * sigmoid)
         inputs = [x.reshape(B, T, H, N).contiguous() for x in (r, decay, k, v, a, g)]
         parameters = torch.stack([x.reshape(H, N) for x in (k_k, k_a, r_k, ln_weight, ln_bias)], dim=1)
@@ -91,7 +94,8 @@ class _Mix7(torch.autograd.Function):
         arrays = (*inputs, parameters, S, y, u, starts, out)
         share_out(mix7_numba.forward, B * H, static(N), *(x.detach().numpy() for x in arrays), eps)
         if keep:
-            ctx.save_for_backward(*inputs, sigmoid, parameters, y, u, starts)
+            slope = torch.sigmoid(-w).mul_(sigmoid)
+            ctx.save_for_backward(*inputs, slope, parameters, y, u, starts)
             ctx.eps = eps
             ctx.shapes = [x.shape for x in (k_k, k_a, r_k, ln_weight, ln_bias)]
         return out.view(B, T, C), S.mT.contiguous()
@@ -101,14 +105,14 @@ class _Mix7(torch.autograd.Function):
         from rookery.ops import mix7_numba
         from rookery.ops.jit import share_out, static
 
-        *inputs, sigmoid, parameters, y, u, starts = ctx.saved_tensors
+        *inputs, slope, parameters, y, u, starts = ctx.saved_tensors
         B, T, H, N = inputs[0].shape
         G = dfinal.mT.contiguous().clone()
         grads = [torch.empty_like(y) for _ in inputs]
         dparameters = y.new_zeros(B, *parameters.shape)
         arrays = (
             *inputs,
-            sigmoid,
+            slope,
             parameters,
             y,
             u,

@@ -100,12 +100,12 @@ def finish_back(dout, y, r, key, v, g, p, eps, dy, dr, dkey, dv, dg, dp, size):
 
 
 @inner
-def gather(sigmoid, decay, ddecay, dr_state, dkey_state, dv_state, dw, dr, dkey, dv, size):
-    """Add what came through the state, and carry the decay's gradient to its pre-activation."""
+def gather(slope, decay, ddecay, dr_state, dkey_state, dv_state, dw, dr, dkey, dv, size):
+    """Add what came through the state, and carry the decay's gradient to its pre-activation;
+    slope is the derivative of the sigmoid there."""
     N = len(size)
     for j in range(N):
-        s = sigmoid[j]
-        dw[j] = ddecay[j] * decay[j] * s * (ONE - s) * LOG_DECAY_SCALE
+        dw[j] = ddecay[j] * decay[j] * slope[j] * LOG_DECAY_SCALE
         dr[j] += dr_state[j]
         dkey[j] += dkey_state[j]
         dv[j] += dv_state[j]
@@ -140,7 +140,7 @@ def backward(
     v,
     a,
     g,
-    sigmoid,
+    slope,
     parameters,
     y,
     u,
@@ -188,7 +188,7 @@ def backward(
                     du, dr_state, dd, dkey_state, dv_state, dremoval, db, size,
                 )  # fmt: skip
                 gather(
-                    sigmoid[i, t, h], d[i, t, h], dd, dr_state, dkey_state, dv_state,
+                    slope[i, t, h], d[i, t, h], dd, dr_state, dkey_state, dv_state,
                     dw[i, t, h], dr[i, t, h], dkey, dv[i, t, h], size,
                 )  # fmt: skip
                 prepare_back(

@@ -68,10 +68,8 @@ class _TokenShift(torch.autograd.Function):
         x, before, mixes = ctx.saved_tensors
         dx, dbefore = torch.empty_like(x), torch.empty_like(before)
         dmixes = x.new_zeros(len(x), *mixes.shape)
-        share_out(
-            pointwise_numba.token_shift_back, len(x), x.numpy(), before.numpy(), mixes.numpy(), tuple(grad.contiguous().numpy() for grad in grads),
-            dx.numpy(), dbefore.numpy(), dmixes.numpy(),
-        )  # fmt: skip
+        arrays = (tuple(grad.contiguous().numpy() for grad in grads), dx.numpy(), dbefore.numpy(), dmixes.numpy())
+        share_out(pointwise_numba.token_shift_back, len(x), x.numpy(), before.numpy(), mixes.numpy(), *arrays)
         return dx, dbefore, *(grad.view(ctx.mix_shape) for grad in dmixes.sum(dim=0))
 
 

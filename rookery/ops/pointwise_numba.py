@@ -1,4 +1,7 @@
-"""Loops of `pointwise`, compiled by Numba. Arrays are C-contiguous fp32. A piece of work is a sequence, or PIECE numbers."""
+"""Loops of `pointwise`, compiled by Numba.
+
+Arrays are C-contiguous fp32. A piece of work is a sequence, or PIECE numbers.
+"""
 
 from __future__ import annotations
 

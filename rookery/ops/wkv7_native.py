@@ -63,7 +63,9 @@ class _WKV7(torch.autograd.Function):
         arrays = (r, decay, k, v, a, b, S, y, u, starts)
         share_out(wkv7_numba.forward, B * H, static(N), *(x.detach().numpy() for x in arrays))
         if keep:
-            ctx.save_for_backward(r, decay, sigmoid, k, v, a, b, u, starts)
+            # sigmoid(w) * (1 - sigmoid(w)) would lose its digits where w is large.
+            slope = torch.sigmoid(-w).mul_(sigmoid)
+            ctx.save_for_backward(r, decay, slope, k, v, a, b, u, starts)
         return y, S.mT.contiguous()
 
     @staticmethod
@@ -71,12 +73,12 @@ class _WKV7(torch.autograd.Function):
         from rookery.ops import wkv7_numba
         from rookery.ops.jit import share_out, static
 
-        r, decay, sigmoid, k, v, a, b, u, starts = ctx.saved_tensors
+        r, decay, slope, k, v, a, b, u, starts = ctx.saved_tensors
         G = dfinal.mT.contiguous().clone()
         grads = [torch.empty_like(r) for _ in range(6)]
         arrays = (r, decay, k, v, a, b, u, starts, dy.contiguous(), G, *grads)
         B, _, H, N = r.shape
         share_out(wkv7_numba.backward, B * H, static(N), *(x.detach().numpy() for x in arrays))
         dr, dd, dk, dv, da, db = grads
-        dw = dd.mul_(decay).mul_(sigmoid).mul_(1 - sigmoid).mul_(LOG_DECAY_SCALE)
+        dw = dd.mul_(decay).mul_(slope).mul_(LOG_DECAY_SCALE)
         return dr, dw, dk, dv, da, db, G.mT
