@@ -31,6 +31,11 @@ class RunFacts:
     """`cpu`, `cuda:0` …"""
 
 
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Leaf name -> value, without sections."""
+    return {leaf: value for section in config.model_dump().values() for leaf, value in section.items()}
+
+
 class Callback:
     """Follows a run. Every method does nothing here; a subclass overrides those it needs.
 

@@ -58,7 +58,7 @@ class LiveDisplay(Callback):
     """A bar with the latest figures that stays at the bottom of the terminal; messages scroll above it."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or Console()
         self._progress = Progress(
             TextColumn("{task.fields[phase]}"),
             BarColumn(bar_width=None),
@@ -74,7 +74,7 @@ class LiveDisplay(Callback):
         self._task: Task | None = None
 
     def on_message(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_start(self, facts: RunFacts) -> None:
         number = self._progress.add_task(

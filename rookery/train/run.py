@@ -25,7 +25,7 @@ from rookery.models import Model, ModelShape, create, initialise
 from rookery.ops import head_loss
 from rookery.train import checkpoint, divergence
 from rookery.train.batches import batches
-from rookery.train.callbacks import Callback, MetricsFile, Observers, RunFacts, StatusFile
+from rookery.train.callbacks import Callback, MetricsFile, Observers, RunFacts, StatusFile, flat
 from rookery.train.device import describe, device_facts
 from rookery.train.interrupt import StopRequest
 from rookery.train.keeper import Keeper, Progress
@@ -38,7 +38,7 @@ from rookery.train.rundir import Phase, RunDir, RunFiles, replace_text
 from rookery.train.schedule import Schedule
 from rookery.train.start import Start, find_start
 from rookery.train.strategies import Engine, check_devices, create_engine
-from rookery.train.trackers import TensorBoard, WandB
+from rookery.train.trackers import TensorBoard, Tracker, WandB
 from rookery.train.validate import Validation
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -297,10 +297,6 @@ def _train(
     rundir.forget_after(progress.step, epoch=progress.step // epoch_steps)
     _log_new_run(config, rundir)
     observers.add(MetricsFile(rundir.metrics_file, config.log.log_every))
-    if config.log.wandb:
-        observers.add(WandB(config, observers.on_message))
-    if config.log.tensorboard:
-        observers.add(TensorBoard(rundir.path / "tensorboard", observers.on_message))
 
     loss_function = partial(language_loss, chunk=run.head_chunk)
     monitor = Monitor(engine, observers.on_record, tokens_per_step=tokens_per_step, total_steps=schedule.total_steps)
@@ -317,7 +313,17 @@ def _train(
         total_steps=schedule.total_steps,
     )
     observers.add(keeper)
-    _announce(config, engine, schedule, progress, rundir, observers)
+    facts = RunFacts(
+        config=config,
+        proj_dir=rundir.path,
+        first_step=progress.step,
+        total_steps=schedule.total_steps,
+        tokens_per_step=tokens_per_step,
+        epoch_steps=epoch_steps,
+        parameters=sum(p.numel() for p in engine.model.parameters()),
+        device=str(engine.device),
+    )
+    _announce(facts, engine.device, observers)
     stop.deferred = True
     monitor.restart_clock()
     try:
@@ -394,37 +400,37 @@ def _explain(error: Diverged, engine: Engine, loss_function: LossFunction, rundi
 
 def _log_new_run(config: TrainConfig, rundir: RunDir) -> None:
     """The head of RWKV-LM's train_log.txt: time and settings of this session."""
-    settings = {key: value for section in config.model_dump().values() for key, value in section.items()}
+    settings = flat(config)
     with rundir.log_file.open("a", encoding="utf-8") as log:
         log.write(f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{settings}\n")
 
 
-def _announce(
-    config: TrainConfig, engine: Engine, schedule: Schedule, progress: Progress, rundir: RunDir, observers: Observers
-) -> None:
-    facts = RunFacts(
-        config=config,
-        proj_dir=rundir.path,
-        first_step=progress.step,
-        total_steps=schedule.total_steps,
-        tokens_per_step=schedule.tokens_per_step,
-        epoch_steps=schedule.epoch_steps,
-        parameters=sum(p.numel() for p in engine.model.parameters()),
-        device=str(engine.device),
-    )
+def _announce(facts: RunFacts, device: torch.device, observers: Observers) -> None:
+    """Tells everybody that training begins."""
+    model, log = facts.config.model, facts.config.log
     observers.on_message(
         _(
             "{version} L{n_layer} D{n_embd}, {parameters} M parameters, {precision} on {device}; "
             "{steps} steps of {tokens} tokens, from step {first}",
-            version=config.model.version,
-            n_layer=config.model.n_layer,
-            n_embd=config.model.n_embd,
+            version=model.version,
+            n_layer=model.n_layer,
+            n_embd=model.n_embd,
             parameters=f"{facts.parameters / 1e6:.3g}",
-            precision=config.run.precision,
-            device=describe(engine.device),
+            precision=facts.config.run.precision,
+            device=describe(device),
             steps=facts.total_steps,
             tokens=facts.tokens_per_step,
             first=facts.first_step,
         )
     )
+    trackers: list[Tracker] = []
+    if log.wandb:
+        trackers.append(WandB(observers.on_message))
+    if log.tensorboard:
+        trackers.append(TensorBoard(observers.on_message))
+    for tracker in trackers:
+        # Before the display takes the terminal: Weights & Biases may ask for a login.
+        tracker.on_start(facts)
     observers.on_start(facts)
+    for tracker in trackers:
+        observers.add(tracker)

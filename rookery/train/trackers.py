@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rookery.config import TrainConfig
 from rookery.i18n import _
-from rookery.train.callbacks import Callback, RunFacts
+from rookery.train.callbacks import Callback, RunFacts, flat
 from rookery.train.monitor import Record
 from rookery.train.rundir import Phase
 
 WANDB_ID_FILE = "wandb-id.txt"
+TENSORBOARD_FOLDER = "tensorboard"
+
+ONLINE_SECONDS = 30
+"""How long Weights & Biases may take to answer before the run is recorded offline."""
 
 
 class Tracker(Callback):
@@ -67,9 +72,8 @@ class Tracker(Callback):
 class WandB(Tracker):
     """Sends RWKV-LM's keys to Weights & Biases; a run that is continued continues its curve."""
 
-    def __init__(self, config: TrainConfig, report: Callable[[str], None]) -> None:
+    def __init__(self, report: Callable[[str], None]) -> None:
         super().__init__("Weights & Biases", report)
-        self._config = config
 
     def open(self, facts: RunFacts) -> None:
         try:
@@ -78,16 +82,29 @@ class WandB(Tracker):
             raise ModuleNotFoundError(_("it is not installed (pip install wandb)")) from None
         id_file = facts.proj_dir / WANDB_ID_FILE
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
-        flat = {key: value for section in self._config.model_dump().values() for key, value in section.items()}
-        self._run = wandb.init(
-            project=self._config.log.wandb,
-            name=self._config.log.run_name or None,
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        log = facts.config.log
+        settings = {"console": "off", "quiet": True, "init_timeout": ONLINE_SECONDS}
+        init = partial(
+            wandb.init,
+            project=log.wandb,
+            name=log.run_name or None,
             id=id_file.read_text(encoding="utf-8"),
             resume="allow",
-            config=flat,
+            config=flat(facts.config),
             dir=str(facts.proj_dir),
         )
+        try:
+            self._run = init(settings=settings)
+        except wandb.errors.Error:  # no network, or no login
+            self._run = init(settings=settings | {"mode": "offline"})
+        if self._run.offline:
+            self._report(
+                _(
+                    "Weights & Biases is offline; upload later with: wandb sync {folder}",
+                    folder=Path(self._run.dir).parent,
+                )
+            )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -99,9 +116,8 @@ class WandB(Tracker):
 class TensorBoard(Tracker):
     """Writes event files into `tensorboard/` of the run directory."""
 
-    def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
+    def __init__(self, report: Callable[[str], None]) -> None:
         super().__init__("TensorBoard", report)
-        self._folder = folder
 
     def open(self, facts: RunFacts) -> None:
         try:
@@ -109,7 +125,7 @@ class TensorBoard(Tracker):
         except ImportError:
             raise ModuleNotFoundError(_("it is not installed (pip install tensorboard)")) from None
         # Steps of an earlier session that were lost are hidden by those that replace them.
-        self._writer = SummaryWriter(str(self._folder), purge_step=facts.first_step + 1)
+        self._writer = SummaryWriter(str(facts.proj_dir / TENSORBOARD_FOLDER), purge_step=facts.first_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for key, value in values.items():

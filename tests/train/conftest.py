@@ -31,11 +31,11 @@ def command(data_file, tmp_path):
     """Starts the real command on the tiny run, with changed flags; gives the process."""
     processes: list[subprocess.Popen] = []
 
-    def start(preexec_fn=None, **changes) -> subprocess.Popen:
+    def start(preexec_fn=None, prelude="", **changes) -> subprocess.Popen:
         flags = {**FLAGS, "data_file": data_file, "proj_dir": tmp_path / "run", **changes}
         words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
         process = subprocess.Popen(
-            [sys.executable, "-c", "from rookery.cli import main; main()", "train", *words],
+            [sys.executable, "-c", f"{prelude}\nfrom rookery.cli import main; main()", "train", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
