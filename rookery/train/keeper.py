@@ -111,7 +111,8 @@ class Keeper(Callback):
             raise Interrupted(
                 _("Stopped and saved at step {step}. The same command goes on from here.", step=step.number)
             )
-        self._observers.on_phase("training")
+        if not finished:
+            self._observers.on_phase("training")
         self._monitor.restart_clock()
 
     def _checkpoint_due(self, step: int, epoch_ends: bool) -> bool:

@@ -72,16 +72,19 @@ class LiveDisplay(Callback):
         )
         self._drawn = 0.0
         self._task: Task | None = None
+        self._phase = ""
+        self._record: Record | None = None
 
     def on_message(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def on_start(self, facts: RunFacts) -> None:
+        self._phase = phase_name("training")
         number = self._progress.add_task(
             "",
             total=facts.total_steps,
             completed=facts.first_step,
-            phase=phase_name("training"),
+            phase=self._phase,
             figures="",
             eta=None,
             started=time.monotonic(),
@@ -91,34 +94,33 @@ class LiveDisplay(Callback):
         self._progress.refresh()
 
     def on_phase(self, phase: Phase) -> None:
-        if self._task is not None:
-            self._update(force=True, phase=phase_name(phase))
+        self._phase = phase_name(phase)
+        self._draw()
 
     def on_record(self, record: Record) -> None:
-        last = self._task is not None and record.step == self._task.total
-        self._update(force=last, completed=record.step, record=record)
+        self._record = record
+        if time.monotonic() - self._drawn > REFRESH:
+            self._draw()
 
     def on_validation(self, step: int, loss: float) -> None:
         self.on_message(_("step {step}: validation loss {loss}", step=step, loss=f"{loss:.4f}"))
 
     def on_end(self, phase: Phase, reason: str) -> None:
-        if self._task is not None:
-            self._update(force=True, phase=phase_name(phase))
-            self._progress.stop()
+        self.on_phase(phase)
+        self._progress.stop()
 
-    def _update(
-        self, *, force: bool, completed: int | None = None, record: Record | None = None, phase: str | None = None
-    ) -> None:
-        now = time.monotonic()
-        if self._task is None or (now - self._drawn < REFRESH and not force):
+    def _draw(self) -> None:
+        if self._task is None:
             return
-        self._drawn = now
-        fields: dict[str, Any] = {}
-        if record is not None:
-            fields |= {"figures": figures(record), "eta": record.eta}
-        if phase is not None:
-            fields["phase"] = phase
-        self._progress.update(self._task.id, completed=completed, refresh=True, **fields)
+        self._drawn = time.monotonic()
+        fields: dict[str, Any] = {"phase": self._phase}
+        if self._record is not None:
+            fields |= {
+                "completed": self._record.step,
+                "figures": figures(self._record),
+                "eta": self._record.eta,
+            }
+        self._progress.update(self._task.id, refresh=True, **fields)
 
 
 class _Times(ProgressColumn):
