@@ -27,30 +27,39 @@ class LegacyFlag:
 
     Attributes:
         leaf: the leaf that takes the value; empty = none does.
-        values: reference spelling -> ours, for a `leaf`; values not named here are passed on.
+        values: reference spelling -> ours, for a `leaf`; values not named here are passed on. None: the flag then says
+            nothing about the leaf.
         silent: values, in lower case, that ask for what Rookery does anyway, so nothing needs saying.
         answer: what happens instead (one sentence), for every other value; with a `leaf`, for the values it respells.
         refused: whether `answer` is an error.
+        refusals: value, in lower case -> why it is an error (one sentence).
+        defaults: what the trainer with this flag takes for leaves that are not given, where Rookery would not.
         arity: how many words follow the flag.
     """
 
     leaf: str = ""
-    values: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, str | None] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     answer: str = ""
     refused: bool = False
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
     arity: Arity = "one"
 
 
 _AUTO = N_("Rookery chooses the kernel of each call itself; `rookery doctor` says which and why")
 _LIGHTNING = N_("this setting of PyTorch Lightning does nothing here: Rookery has its own training loop")
-_OWN_ADAPTERS = N_("LoRA, PiSSA, DoRA and MiSS come with a later version of Rookery; this one trains all weights")
+_OWN_ADAPTERS = N_(
+    "LoRA, PiSSA, DoRA and MiSS come with a later version of Rookery; this one trains all weights, or the states alone "
+    "(--train_type state)"
+)
 _ADAPTER_SETTING = N_("it only matters with --peft")
-_OWN_MODEL_PARTS = N_("this part of the RWKV-5 and RWKV-6 trainer comes with a later version of Rookery")
-_OWN_DATA_PARTS = N_("this way of reading data comes with a later version of Rookery")
-_STATE = N_("state tuning and infinite context come with a later version of Rookery")
+_INFCTX = N_("infinite context comes with a later version of Rookery; raise ctx_len, which may be any length")
+_ONLY = N_("samples of unequal length come with a later version of Rookery; --dataload pad trains the same targets")
+_GPUS = N_("this kind of device is not one that Rookery knows: it takes the GPU that PyTorch calls cuda, or the CPU")
 _QUANT = N_("quantised base weights come with a later version of Rookery")
 _SFT = N_("write the examples as .jsonl lines with a text field and train with --loss_mask answer")
+_WDS_IMG = N_("images were never finished in the reference, which refuses this type too: Rookery trains on text and tokens")
 
 _LIGHTNING_OFF = ("false", "none", "0", "0.0", "-1", "")
 
@@ -60,6 +69,26 @@ LEGACY: dict[str, LegacyFlag] = {
     "dim_att": LegacyFlag(leaf="dim_att", values={"0": NOT_GIVEN}),
     "dim_ffn": LegacyFlag(leaf="dim_ffn", values={"0": NOT_GIVEN}),
     "magic_prime": LegacyFlag(leaf="magic_prime", values={"0": NOT_GIVEN}),
+    "tiny_att_dim": LegacyFlag(leaf="tiny_att_dim", values={"-1": "0"}),
+    "tiny_att_layer": LegacyFlag(leaf="tiny_att_layer", values={"-999": NOT_GIVEN, "-1": NOT_GIVEN}),
+    "my_exit": LegacyFlag(leaf="my_exit", values={"99999999": NOT_GIVEN}),
+    "data_type": LegacyFlag(leaf="data_type", refusals={"wds_img": _WDS_IMG, "sft": _SFT}),
+    "dataload": LegacyFlag(leaf="dataload", refusals={"only": _ONLY}),
+    "accelerator": LegacyFlag(
+        leaf="accelerator", values={"xpu": "auto", "npu": "auto", "musa": "auto", "mps": "auto"}, answer=_GPUS
+    ),
+    "train_type": LegacyFlag(
+        leaf="train_type",
+        values={"": None, "none": None, "finetune": None, "states": "state"},
+        silent=("", "none", "finetune", "states"),
+        refusals={"infctx": _INFCTX},
+    ),
+    "peft": LegacyFlag(
+        leaf="train_type",
+        values={"none": None},
+        silent=("none",),
+        refusals=dict.fromkeys(("lora", "pissa", "bone", "disha", "miss", "dora"), _OWN_ADAPTERS),
+    ),
     "epoch_count": LegacyFlag(leaf="epoch_count", values={"999999": NOT_GIVEN}),
     "precision": LegacyFlag(
         leaf="precision",
@@ -88,7 +117,7 @@ LEGACY: dict[str, LegacyFlag] = {
     "my_testing": LegacyFlag(leaf="version", values={"": NOT_GIVEN}),
     "rwkv_version": LegacyFlag(leaf="version"),
     "head_size_a": LegacyFlag(leaf="head_size"),
-    "my_pile_stage": LegacyFlag(leaf="train_stage"),
+    "my_pile_stage": LegacyFlag(leaf="train_stage", defaults={"version": "x052"}),
     "gradient_clip_val": LegacyFlag(leaf="grad_clip", values={"None": NOT_GIVEN}),
     "op": LegacyFlag(leaf="kernel", values={"cuda": "auto", "fla": "auto"}, answer=_AUTO),
     # What is done anyway, or by itself.
@@ -118,38 +147,9 @@ LEGACY: dict[str, LegacyFlag] = {
     "l2warp_sparse": LegacyFlag(
         silent=("0",), answer=N_("the L2 term on the largest logit is always added, in its current form")
     ),
-    "data_shuffle": LegacyFlag(
-        silent=("1",), answer=N_("the sampler's order is fixed by the data and the seed; nothing is reshuffled")
-    ),
-    "head_size_divisor": LegacyFlag(
-        silent=("8",),
-        answer=N_("the divisor is always 8, as in every released model: the file does not record it"),
-        refused=True,
-    ),
-    "my_pile_version": LegacyFlag(silent=("1",), answer=_OWN_DATA_PARTS, refused=True),
-    "my_pile_shift": LegacyFlag(silent=("-1", "0"), answer=_OWN_DATA_PARTS, refused=True),
-    "my_pile_edecay": LegacyFlag(
-        silent=("0",),
-        answer=N_("it only bends the schedule used when my_exit_tokens is 0 or negative, which a later version brings"),
-        refused=True,
-    ),
-    "my_exit": LegacyFlag(silent=("99999999",), answer=N_("use --epoch_count to say where to stop"), refused=True),
-    "my_sample_len": LegacyFlag(silent=("0",), answer=_OWN_DATA_PARTS, refused=True),
-    "my_qa_mask": LegacyFlag(silent=("0",), answer=_OWN_DATA_PARTS, refused=True),
-    "my_random_steps": LegacyFlag(silent=("0",), answer=_OWN_DATA_PARTS, refused=True),
     "my_ffn_shift": LegacyFlag(silent=("1",), answer=N_("no published code reads this flag: token shift is always on")),
     "my_att_shift": LegacyFlag(silent=("1",), answer=N_("no published code reads this flag: token shift is always on")),
-    "my_pos_emb": LegacyFlag(silent=("0",), answer=_OWN_MODEL_PARTS, refused=True),
-    "pre_ffn": LegacyFlag(silent=("0",), answer=_OWN_MODEL_PARTS, refused=True),
-    "head_qk": LegacyFlag(silent=("0",), answer=_OWN_MODEL_PARTS, refused=True),
-    "tiny_att_dim": LegacyFlag(silent=("0", "-1"), answer=_OWN_MODEL_PARTS, refused=True),
-    "tiny_att_layer": LegacyFlag(
-        silent=("-999", "-1", "0"), answer=N_("it says where tiny attention goes, which is off here")
-    ),
-    "dropout": LegacyFlag(silent=("0", "0.0"), answer=_OWN_MODEL_PARTS, refused=True),
-    "load_partial": LegacyFlag(silent=("0",), answer=_OWN_MODEL_PARTS, refused=True),
     # RWKV-PEFT.
-    "peft": LegacyFlag(silent=("none",), answer=_OWN_ADAPTERS, refused=True),
     "train_parts": LegacyFlag(answer=_ADAPTER_SETTING, arity="many"),
     "lora_config": LegacyFlag(answer=_ADAPTER_SETTING),
     "pissa_config": LegacyFlag(answer=_ADAPTER_SETTING),
@@ -159,10 +159,8 @@ LEGACY: dict[str, LegacyFlag] = {
     "peft_config": LegacyFlag(answer=_ADAPTER_SETTING),
     "merge": LegacyFlag(silent=("1",), answer=_ADAPTER_SETTING),
     "quant": LegacyFlag(silent=("none",), answer=_QUANT, refused=True),
-    "train_type": LegacyFlag(silent=("", "none", "finetune"), answer=_STATE, refused=True),
-    "state_tune": LegacyFlag(answer=_STATE, refused=True, arity="none"),
+    "state_tune": LegacyFlag(leaf="train_type", values={"": "state"}, silent=("",), arity="none"),
     "chunk_ctx": LegacyFlag(answer=N_("it only matters with --train_type infctx")),
-    "dataload": LegacyFlag(silent=("get",), answer=_OWN_DATA_PARTS, refused=True),
     "sft_field": LegacyFlag(answer=_SFT, refused=True, arity="many"),
     "sft_split": LegacyFlag(silent=("train",), answer=_SFT, refused=True),
     "lr_schedule": LegacyFlag(

@@ -47,6 +47,10 @@ def parse(words: Sequence[str], toml_path: str | Path | None = None) -> Parsed:
         origins.pop(leaf, None)
     values |= flags.values
     origins |= flags.origins
+    for leaf, (value, flag) in flags.implied.items():
+        if leaf not in values and leaf not in flags.withdrawn:
+            values[leaf] = value
+            origins[leaf] = Origin("rule", _("as the trainer that has {flag}", flag=flag))
     for leaf in SECTION_OF:
         origins.setdefault(leaf, Origin("default"))
     return Parsed(_validate(values, origins), origins, flags.notes)
@@ -60,6 +64,8 @@ class _Flags:
         self.origins: Origins = {}
         self.withdrawn: set[str] = set()
         """Leaves that a flag explicitly leaves open, whatever the TOML file says."""
+        self.implied: dict[str, tuple[str, str]] = {}
+        """Leaf -> the value that a flag brings along when nothing else is said of it, and that flag."""
         self.notes: list[str] = []
         self.toml_path: str | None = None
         for word, values in _split(words):
@@ -87,14 +93,17 @@ class _Flags:
 
     def _take_legacy(self, word: str, flag: LegacyFlag, values: list[str]) -> None:
         text = " ".join(values)
+        said = f"{word} {text}".rstrip() + ": "
+        if text.lower() in flag.refusals:
+            raise UserError(said + _(flag.refusals[text.lower()]))
         respelt = flag.values.get(text, text)
         if flag.answer and text.lower() not in flag.silent and (not flag.leaf or respelt != text):
-            said = f"{word} {text}".rstrip() + ": " + _(flag.answer)
             if flag.refused:
-                raise UserError(said)
-            self.notes.append(said)
-        if flag.leaf:
+                raise UserError(said + _(flag.answer))
+            self.notes.append(said + _(flag.answer))
+        if flag.leaf and respelt is not None:
             self._set(flag.leaf, word, respelt, written=text)
+        self.implied |= {leaf: (value, word) for leaf, value in flag.defaults.items()}
 
     def _set(self, leaf: str, word: str, text: str, written: str | None = None) -> None:
         if text == NOT_GIVEN and leaf_field(leaf).default != "":

@@ -63,8 +63,12 @@ def fate(name: str) -> str:
         said.append(_("honoured as --{leaf}", leaf=flag.leaf))
     for old, new in flag.values.items():
         said.append(f"{_code(old)} → {_code(new) if new else _('not given')}")
+    for leaf, value in flag.defaults.items():
+        said.append(_("{leaf} is then {value} when it is not given", leaf=_code(leaf), value=_code(value)))
     if flag.silent and flag.refused:
         said.append(_("{values}: as Rookery does anyway", values=", ".join(map(_code, flag.silent))))
+    for value, reason in flag.refusals.items():
+        said.append(_code(value) + " " + _("refused: {answer}").format(answer=_(reason)))
     if flag.answer:
         said.append((_("refused: {answer}") if flag.refused else _("answered: {answer}")).format(answer=_(flag.answer)))
     return "; ".join(said)

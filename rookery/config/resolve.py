@@ -24,6 +24,9 @@ RANK_LEAVES = {
 }
 """Name of a rank in `ModelShape.ranks` -> leaf. The rank `mix` of x060 has no leaf: it follows the width."""
 
+PART_LEAVES = ("head_qk", "tiny_att_dim", "tiny_att_layer", "my_pos_emb", "pre_ffn")
+"""Optional parts of x052 and x060, by the names of `rookery.models.Parts` and of their leaves."""
+
 DEFAULT_VERSION, DEFAULT_LAYERS, DEFAULT_WIDTH, WORLD_VOCABULARY = "x070", 6, 512, 65536
 """A new model of which nothing is said: the current generation with the sizes the reference trainers start from."""
 
@@ -50,14 +53,17 @@ def resolve(
         config: as parsed, or as built in Python.
         origins: those `parse` gave; found from what was set in `config` when left out.
         model_facts: what the checkpoint holds: ``file``, ``version``, ``n_layer``, ``n_embd``, ``dim_att``,
-            ``dim_ffn``, ``head_size``, ``vocab_size`` and ``ranks`` (a dict). None: a new model is made.
+            ``dim_ffn``, ``head_size``, ``vocab_size``, ``ranks`` and ``parts`` (dicts). None: a new model is made.
         data_facts: what the data hold: ``file``, ``data_type``, ``tokenizer``, ``vocab_size``, ``exit_tokens`` and
             ``prime`` (0: too little data for the prime rule). None: nothing is trained, and what depends on the data
             stays open.
         device_facts: what runs it: ``accelerator`` ("cpu" or "cuda"), ``name``, ``bf16`` (whether it is native). None:
             the CPU.
 
-    Only `save_every` (None: by time) and `mask_id` (None: not used) may stay None.
+    With a checkpoint at `train_stage` 1, a new model is made from it, of the dimensions that are given: it may have more
+    token ids, more layers or another width than the file.
+
+    Only `save_every` (None: by time) and what is not used (`mask_id`, `tiny_att_layer`, `my_exit`) may stay None.
 
     Raises:
         UserError: settings that disagree with the checkpoint (both sides are listed) or with each other.
@@ -122,15 +128,23 @@ class _Resolver:
             self.fill("vocab_size", facts["vocab_size"], origin)
 
     def checkpoint(self, facts: Mapping[str, Any]) -> None:
-        """Take the architecture from a file; what was asked for must agree with it."""
+        """Take the architecture from a file; what was asked for must agree with it, unless the model is to grow."""
         origin = Origin("checkpoint", str(facts["file"]))
         found = {leaf: facts[leaf] for leaf in ("version", "n_layer", "n_embd", "dim_att", "head_size", "vocab_size")}
         found |= {RANK_LEAVES[rank]: size for rank, size in facts["ranks"].items() if rank in RANK_LEAVES}
+        found |= {leaf: int(facts.get("parts", {}).get(leaf, 0)) for leaf in PART_LEAVES}
         if facts["version"] != "x070":
             found["dim_ffn"] = facts["dim_ffn"]
+        may_differ = set(PART_LEAVES) if self.values["load_partial"] else set()
+        if self.values["train_stage"] == 1:
+            may_differ = found.keys() - {"version"}
+            if self.values["n_embd"] not in (None, found["n_embd"]):
+                del found["dim_att"], found["dim_ffn"]
         conflicts = []
         for leaf, value in found.items():
             asked, given = self.values[leaf], self.origins[leaf].given
+            if leaf in may_differ and asked and (given or (leaf == "vocab_size" and asked > value)):
+                continue
             if asked and asked != value and (given or leaf == "vocab_size"):
                 said = {"leaf": leaf, "asked": asked, "origin": self.origins[leaf], "value": value}
                 conflicts.append(_("  {leaf}: {asked} ({origin}), the file has {value}", **said))
@@ -159,6 +173,7 @@ class _Resolver:
             if rank in RANK_LEAVES:
                 self.fill_open(RANK_LEAVES[rank], size, Origin("rule", f"rank_rule {self.values['rank_rule']}"))
         self._check_heads()
+        self._check_parts()
 
     def _check_heads(self) -> None:
         dim_att, head_size, n_embd = self.values["dim_att"], self.values["head_size"], self.values["n_embd"]
@@ -179,10 +194,40 @@ class _Resolver:
                 )
             )
 
+    def _check_parts(self) -> None:
+        values = self.values
+        if not values["tiny_att_dim"]:
+            values["tiny_att_layer"] = None
+        elif values["tiny_att_layer"] is None or values["tiny_att_layer"] >= values["n_layer"]:
+            last = values["n_layer"] - 1
+            raise UserError(_("tiny_att_dim needs tiny_att_layer, the number of a block from 0 to {last}", last=last))
+        if 0 < values["my_pos_emb"] ** 2 <= values["ctx_len"]:
+            raise UserError(
+                _(
+                    "my_pos_emb {side} has room for {places} tokens, fewer than ctx_len {ctx_len}",
+                    side=values["my_pos_emb"],
+                    places=values["my_pos_emb"] ** 2 - 1,
+                    ctx_len=values["ctx_len"],
+                )
+            )
+        if values["version"] != "x070":
+            return
+        for leaf in PART_LEAVES:
+            if values[leaf]:
+                raise UserError(_("{leaf} is a part of x052 and x060; x070 has none: leave it out", leaf=leaf))
+        if values["dropout"]:
+            self.notes.append(_("x070 has no dropout: 0 is used"))
+            values["dropout"] = 0.0
+
     def optimiser(self) -> None:
-        lr_init, lr_final = rules.learning_rates(self.values["n_embd"])
-        self.fill_open("lr_init", lr_init, Origin("rule", "0.45/n_embd"))
-        self.fill_open("lr_final", lr_final, Origin("rule", "0.04/n_embd"))
+        if self.values["train_type"] == "state":
+            rates, rules_of_rates = rules.STATE_TUNING_RATES, (_("state tuning"), _("state tuning"))
+        else:
+            rates, rules_of_rates = rules.learning_rates(self.values["n_embd"]), ("0.45/n_embd", "0.04/n_embd")
+        for leaf, rate, rule in zip(("lr_init", "lr_final"), rates, rules_of_rates, strict=True):
+            if self.values["train_type"] == "state" and self.values[leaf] is None:
+                self.notes.append(_("state tuning learns fast: {leaf} is {rate} when it is not given", leaf=leaf, rate=rate))
+            self.fill_open(leaf, rate, Origin("rule", rule))
         self.fill_open("adam_eps", rules.adam_eps(self.values["version"]), Origin("rule", str(self.values["version"])))
         self.fill_open("warmup_steps", rules.WARMUP_STEPS, Origin("rule", _("as the published scripts")), open_value=-1)
         name = "{vocab_size} ctx{ctx_len} L{n_layer} D{n_embd}".format_map(self.values)

@@ -11,6 +11,9 @@ MINI_EPOCH = 40320
 WARMUP_STEPS = 10
 """Warm-up of the published RWKV-7 scripts."""
 
+STATE_TUNING_RATES = 1.0, 0.01
+"""First and last learning rate of RWKV-PEFT's published script for state tuning."""
+
 UNLIMITED_EPOCHS = 999999
 """The `epoch_count` by which the published scripts say "until my_exit_tokens"."""
 

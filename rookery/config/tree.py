@@ -38,6 +38,9 @@ class ModelSection(Section):
     """Architecture. With `load_model`, everything is read from the file."""
 
     load_model: str = Field("", description="Checkpoint to start from (.pth, .safetensors or a run directory)")
+    load_partial: int = Field(
+        0, ge=0, le=1, description="1 = parameters that the checkpoint lacks begin with initial values"
+    )
     version: Version | None = Field(None, description="Architecture: x052 (RWKV-5), x060 (RWKV-6) or x070 (RWKV-7)")
     n_layer: int | None = Field(None, ge=1, description="Number of blocks")
     n_embd: int | None = Field(None, ge=32, multiple_of=32, description="Width of the residual stream")
@@ -46,6 +49,9 @@ class ModelSection(Section):
         None, ge=32, multiple_of=32, description="Width of channel mixing (x052, x060); x070 always uses 4 n_embd"
     )
     head_size: int = Field(64, ge=8, multiple_of=8, description="Channels of one time-mixing head")
+    head_size_divisor: int = Field(
+        8, ge=1, description="The normalisation after the recurrence has epsilon 1e-5 times its square; 8 in every release"
+    )
     vocab_size: int | None = Field(None, ge=0, description="Number of token ids; 0 builds a character vocabulary")
     decay_low_rank_dim: int | None = Field(None, ge=1, description="Rank of the decay low-rank layer (x070: w1, w2)")
     a_low_rank_dim: int | None = Field(None, ge=1, description="Rank of the in-context learning rate layer (a1, a2)")
@@ -55,6 +61,13 @@ class ModelSection(Section):
         "current",
         description="Rule for ranks not given: RWKV-LM's current formulas, or those of the released G1 models",
     )
+    head_qk: int = Field(0, ge=0, description="Width of head_qk (x052, x060), which scores tokens of the text; 0 = none")
+    tiny_att_dim: int = Field(0, ge=0, description="Width of tiny attention (x052, x060); 0 = none")
+    tiny_att_layer: int | None = Field(None, ge=0, description="Block that has tiny attention, from 0")
+    my_pos_emb: int = Field(
+        0, ge=0, description="Side of the position embedding (x052, x060), which has room for its square - 1 tokens; 0 = none"
+    )
+    pre_ffn: int = Field(0, ge=0, le=1, description="1 = block 0 has a second channel mixing for time mixing (x052, x060)")
 
 
 class DataSection(Section):
@@ -76,13 +89,29 @@ class DataSection(Section):
     mask_id: dict[str, str] | None = Field(
         None, description="Marks of loss_mask se: mask0 ends, mask1 begins a trained span"
     )
+    dataload: Literal["get", "pad"] = Field(
+        "get", description="get = windows of the whole token stream; pad = one document a sample, padded or cut"
+    )
+    data_shuffle: int = Field(
+        1, ge=0, le=1, description="Order of dataload pad: 1 = shuffled in each pass, 0 = that of the file"
+    )
+    my_sample_len: int = Field(0, ge=0, description="Tokens of a row of uint16 data; 0 = one stream without rows")
+    my_pile_version: Literal[1, 2] = Field(
+        1, description="2 = data_file is a text file that lists binidx prefixes, one a line, with their weights"
+    )
+    my_pile_shift: int = Field(-1, ge=-1, description="Tokens by which every window is moved on; -1 = 0")
+    my_random_steps: int = Field(0, ge=0, description="Samples at the beginning that are windows at random places")
+    my_qa_mask: Literal[0, 1, 2] = Field(
+        0, description="1 = every other sample comes from qa_mix_file, the others train answers only; 2 = without that mask"
+    )
+    qa_mix_file: str = Field("", description="binidx data that my_qa_mask mixes in (the Pile, in the reference)")
     val_file: str = Field("", description="Data for the validation loss, in any format of data_file")
     val_every: int = Field(0, ge=0, description="Optimiser steps between validations; 0 = at the end of a mini-epoch")
     num_workers: int = Field(0, ge=0, description="Processes that read data; 0 reads in the training process")
 
 
 class OptimSection(Section):
-    """Optimiser and learning rate."""
+    """Optimiser, learning rate and regularisation."""
 
     lr_init: float | None = Field(None, ge=0, description="First learning rate; 0.45/n_embd, rounded, when not given")
     lr_final: float | None = Field(None, ge=0, description="Last learning rate; 0.04/n_embd, rounded, when not given")
@@ -95,6 +124,12 @@ class OptimSection(Section):
         -1.0, description="Weight decay at the end, approached exponentially; -1 = constant"
     )
     grad_clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 = no clipping")
+    my_pile_edecay: int = Field(
+        0, ge=0, description="Mini-epochs before the decay over mini-epochs begins, which my_exit_tokens <= 0 chooses"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Part of the residual stream dropped in training (x052, x060)"
+    )
     layerwise_lr: int = Field(
         1, ge=0, le=1, description="1 = decay parameters learn faster, as the reference's groups do"
     )
@@ -107,6 +142,9 @@ class RunSection(Section):
     train_stage: Literal[0, 1, 2, 3, 4] = Field(
         3, description="1 = write rwkv-init.pth and exit; 2, 3 = train, going on from the newest rwkv-N.pth"
     )
+    train_type: Literal["full", "state"] = Field(
+        "full", description="full = all weights; state = only the initial state of each block, blocks.N.att.time_state"
+    )
     micro_bsz: int = Field(12, ge=1, description="Sequences of one forward pass on one device")
     accumulate_grad_batches: int = Field(1, ge=1, description="Forward passes for one optimiser step")
     epoch_steps: int | None = Field(
@@ -115,6 +153,7 @@ class RunSection(Section):
     epoch_count: int | None = Field(None, ge=0, description="Mini-epochs; from my_exit_tokens when not given")
     epoch_begin: int = Field(0, ge=0, description="Number of the first mini-epoch")
     epoch_save: int = Field(1, ge=0, description="Mini-epochs between rwkv-N.pth files; 0 = only the last")
+    my_exit: int | None = Field(None, ge=0, description="Number of the mini-epoch after which the run ends early")
     save_every: int | None = Field(
         None, ge=0, description="Optimiser steps between full checkpoints; by time when not given"
     )

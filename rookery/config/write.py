@@ -20,6 +20,7 @@ MAY_CHANGE = frozenset(
         "val_every",
         "num_workers",
         "epoch_save",
+        "my_exit",
         "save_every",
         "grad_cp",
         "head_chunk",

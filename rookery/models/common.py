@@ -18,9 +18,6 @@ from rookery.models.state import State
 from rookery.ops import head_loss
 from rookery.ops.linear import Linear
 
-GROUP_NORM_EPS = 64e-5
-"""Of the normalisation after the recurrence, whatever the head size: the reference adds 1e-5 after dividing by 8."""
-
 LayerState = tuple[Tensor, Tensor, Tensor]
 """State of one layer: att_shift (B, C), wkv (B, H, N, N), ffn_shift (B, C)."""
 

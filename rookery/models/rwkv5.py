@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rookery.models.common import (
-    GROUP_NORM_EPS,
     ChannelMixing,
     LanguageModel,
     TimeMixing,
@@ -49,7 +48,7 @@ class TimeMix(TimeMixing):
         self.value = projection(C, A)
         self.gate = projection(C, A)
         self.output = projection(A, C)
-        self.ln_x = nn.GroupNorm(H, A, eps=GROUP_NORM_EPS)
+        self.ln_x = nn.GroupNorm(H, A, eps=shape.group_norm_eps)
 
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from rookery.models.common import (
-    GROUP_NORM_EPS,
     ChannelMixing,
     LanguageModel,
     TimeMixing,
@@ -51,7 +50,7 @@ class TimeMix(TimeMixing):
         self.key = projection(C, C)
         self.value = projection(C, C)
         self.output = projection(C, C)
-        self.ln_x = nn.GroupNorm(H, C, eps=GROUP_NORM_EPS)
+        self.ln_x = nn.GroupNorm(H, C, eps=shape.group_norm_eps)
 
     def forward(
         self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str, v_first: Tensor | None = None
@@ -69,7 +68,7 @@ class TimeMix(TimeMixing):
             v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + linear(linear(xv, self.v1.T), self.v2.T)))
         y, wkv = mix7(
             r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias, wkv,
-            eps=GROUP_NORM_EPS, kernel=kernel,
+            eps=self.ln_x.eps, kernel=kernel,
         )  # fmt: skip
         return self.output(y), wkv, v_first
 

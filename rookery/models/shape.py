@@ -24,6 +24,10 @@ class Parts:
     my_pos_emb: int = 0
     pre_ffn: bool = False
 
+    @classmethod
+    def of_config(cls, model: ModelSection) -> Parts:
+        return cls(model.head_qk, model.tiny_att_dim, model.tiny_att_layer or 0, model.my_pos_emb, model.pre_ffn > 0)
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -39,6 +43,13 @@ class ModelShape:
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Widths of the low-rank layers. x070: w, a, v, g; x060: mix, decay; x052: none."""
     parts: Parts = Parts()
+    head_size_divisor: int = 8
+    """By which the reference divides the recurrence's output before normalising it. No file records it."""
+
+    @property
+    def group_norm_eps(self) -> float:
+        """Epsilon of the normalisation after the recurrence: that of the undivided output, 64e-5 in every release."""
+        return 1e-5 * self.head_size_divisor**2
 
     @property
     def n_head(self) -> int:
@@ -52,7 +63,7 @@ class ModelShape:
         ranks |= {rank: getattr(model, RANK_LEAVES[rank]) for rank in ranks if rank in RANK_LEAVES}
         return cls(
             version, n_layer, n_embd, int(model.vocab_size or 0), model.head_size, int(model.dim_att or 0),
-            int(model.dim_ffn or 0), ranks,
+            int(model.dim_ffn or 0), ranks, Parts.of_config(model), model.head_size_divisor,
         )  # fmt: skip
 
     @classmethod

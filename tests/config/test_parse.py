@@ -140,12 +140,10 @@ def test_a_flag_can_leave_open_what_the_recipe_gives(tmp_path: Path) -> None:
         ("nowhere.toml", "nowhere.toml does not exist"),
         (
             "--peft lora",
-            "--peft lora: LoRA, PiSSA, DoRA and MiSS come with a later version of Rookery; this one trains all weights",
+            "--peft lora: LoRA, PiSSA, DoRA and MiSS come with a later version of Rookery; this one trains all weights, "
+            "or the states alone (--train_type state)",
         ),
-        (
-            "--dropout 0.1",
-            "--dropout 0.1: this part of the RWKV-5 and RWKV-6 trainer comes with a later version of Rookery",
-        ),
+        ("--dropout 1", "--dropout 1: must be less than 1"),
     ],
 )
 def test_a_bad_flag_is_named_with_what_was_probably_meant(flags: str, message: str) -> None:

@@ -37,7 +37,7 @@ def test_everything_is_concrete_and_has_an_origin() -> None:
         parse(["--ctx_len", "512", "--micro_bsz", "16"]).config, data_facts=DATA, device_facts=GPU
     )
     open_leaves = {leaf for leaf in SECTION_OF if get(config, leaf) is None}
-    assert open_leaves == {"save_every", "mask_id"}
+    assert open_leaves == {"save_every", "mask_id", "tiny_att_layer", "my_exit"}
     assert origins.keys() == SECTION_OF.keys()
     assert (config.model.version, config.model.n_layer, config.model.n_embd) == ("x070", 6, 512)
     assert (config.run.precision, config.device.accelerator, config.device.strategy) == ("bf16", "cuda", "single")
