@@ -29,6 +29,8 @@ def model():
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+        # A model that says something before it stops.
+        model.head.weight[VOCABULARY.encode("\n \0")] = 0
     return model
 
 

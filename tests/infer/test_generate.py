@@ -1,5 +1,7 @@
 """Streaming, stop texts, carried state and batches, on a small random model with the World vocabulary."""
 
+import copy
+
 import pytest
 import torch
 
@@ -170,6 +172,8 @@ def test_a_cancelled_answer_stops_and_keeps_its_place(model, world) -> None:
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5, top_p=0.9, seed=5, max_tokens=15)])
 def test_a_batch_answers_as_each_prompt_alone(model, world, sampling) -> None:
+    # In fp64, so that the rounding of a larger batch cannot tip a draw.
+    model = copy.deepcopy(model).double()
     texts = [
         "Hi",
         "User: 三加四=?\n\nAssistant:",
