@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import random
 import traceback
 from collections.abc import Callable, Iterable
@@ -279,7 +280,7 @@ def _train(
     def result(reason: str) -> RunResult:
         return RunResult(
             step=progress.step,
-            loss=progress.smooth_loss,
+            loss=None if math.isnan(progress.smooth_loss) else progress.smooth_loss,
             val_loss=progress.val_loss,
             tokens=progress.step * tokens_per_step,
             proj_dir=rundir.path,

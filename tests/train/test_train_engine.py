@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from train_pieces import random_tokens, tiny_model
 
 from rookery.models import ModelShape, create
+from rookery.train.divergence import first_bad_tensor
 from rookery.train.loop import Batch, fit
-from rookery.train.optim import build_optimizer, parameter_groups
+from rookery.train.optim import apply_rates, build_optimizer, parameter_groups
 from rookery.train.run import language_loss
 from rookery.train.schedule import Schedule
 from rookery.train.strategies import SingleDevice
@@ -169,3 +170,28 @@ def test_gradient_checkpointing_changes_nothing():
     expected = train(engine_of(plain), batches, range(3))
     seen = train(engine_of(saving), batches, range(3))
     assert [s.loss.item() for s in seen] == pytest.approx([s.loss.item() for s in expected], rel=1e-6)
+
+
+def test_a_gradient_that_goes_bad_is_named():
+    model = tiny_model()
+
+    def infinite_slope(model, tokens, targets):
+        return language_loss(model, tokens, targets) + (model.blocks[1].att.w0 * 0).sum().sqrt()
+
+    name = first_bad_tensor(model, infinite_slope, [batch_of(random_tokens(2))])
+    assert name == "gradient of blocks.1.att.w0"
+
+
+def test_clipping_equals_pytorchs():
+    """With a large epsilon AdamW feels the size of the gradient, which it forgets otherwise."""
+    plain, ours = tiny_model(torch.float64), tiny_model(torch.float64)
+    batch = batch_of(random_tokens(2))
+    train(engine_of(ours, torch.float64, eps=1.0, grad_clip=0.1), [batch], [0])
+    language_loss(plain, batch.tokens, batch.targets).backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    groups = parameter_groups(plain.named_parameters(), "x070", weight_decay=True)
+    optimizer = build_optimizer(dict(plain.named_parameters()), groups, betas=(0.9, 0.99), eps=1.0)
+    apply_rates(optimizer, CONSTANT.at(0))
+    optimizer.step()
+    for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-11)
