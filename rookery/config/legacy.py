@@ -59,7 +59,9 @@ _ONLY = N_("samples of unequal length come with a later version of Rookery; --da
 _GPUS = N_("this kind of device is not one that Rookery knows: it takes the GPU that PyTorch calls cuda, or the CPU")
 _QUANT = N_("quantised base weights come with a later version of Rookery")
 _SFT = N_("write the examples as .jsonl lines with a text field and train with --loss_mask answer")
-_WDS_IMG = N_("images were never finished in the reference, which refuses this type too: Rookery trains on text and tokens")
+_WDS_IMG = N_(
+    "images were never finished in the reference, which refuses this type too: Rookery trains on text and tokens"
+)
 
 _LIGHTNING_OFF = ("false", "none", "0", "0.0", "-1", "")
 

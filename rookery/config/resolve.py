@@ -60,8 +60,8 @@ def resolve(
         device_facts: what runs it: ``accelerator`` ("cpu" or "cuda"), ``name``, ``bf16`` (whether it is native). None:
             the CPU.
 
-    With a checkpoint at `train_stage` 1, a new model is made from it, of the dimensions that are given: it may have more
-    token ids, more layers or another width than the file.
+    With a checkpoint at `train_stage` 1, a new model is made from it, of the dimensions that are given: it may have
+    more token ids, more layers or another width than the file.
 
     Only `save_every` (None: by time) and what is not used (`mask_id`, `tiny_att_layer`, `my_exit`) may stay None.
 
@@ -226,7 +226,9 @@ class _Resolver:
             rates, rules_of_rates = rules.learning_rates(self.values["n_embd"]), ("0.45/n_embd", "0.04/n_embd")
         for leaf, rate, rule in zip(("lr_init", "lr_final"), rates, rules_of_rates, strict=True):
             if self.values["train_type"] == "state" and self.values[leaf] is None:
-                self.notes.append(_("state tuning learns fast: {leaf} is {rate} when it is not given", leaf=leaf, rate=rate))
+                self.notes.append(
+                    _("state tuning learns fast: {leaf} is {rate} when it is not given", leaf=leaf, rate=rate)
+                )
             self.fill_open(leaf, rate, Origin("rule", rule))
         self.fill_open("adam_eps", rules.adam_eps(self.values["version"]), Origin("rule", str(self.values["version"])))
         self.fill_open("warmup_steps", rules.WARMUP_STEPS, Origin("rule", _("as the published scripts")), open_value=-1)

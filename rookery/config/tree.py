@@ -50,7 +50,9 @@ class ModelSection(Section):
     )
     head_size: int = Field(64, ge=8, multiple_of=8, description="Channels of one time-mixing head")
     head_size_divisor: int = Field(
-        8, ge=1, description="The normalisation after the recurrence has epsilon 1e-5 times its square; 8 in every release"
+        8,
+        ge=1,
+        description="The normalisation after the recurrence has epsilon 1e-5 times its square; 8 in every release",
     )
     vocab_size: int | None = Field(None, ge=0, description="Number of token ids; 0 builds a character vocabulary")
     decay_low_rank_dim: int | None = Field(None, ge=1, description="Rank of the decay low-rank layer (x070: w1, w2)")
@@ -61,13 +63,19 @@ class ModelSection(Section):
         "current",
         description="Rule for ranks not given: RWKV-LM's current formulas, or those of the released G1 models",
     )
-    head_qk: int = Field(0, ge=0, description="Width of head_qk (x052, x060), which scores tokens of the text; 0 = none")
+    head_qk: int = Field(
+        0, ge=0, description="Width of head_qk (x052, x060), which scores tokens of the text; 0 = none"
+    )
     tiny_att_dim: int = Field(0, ge=0, description="Width of tiny attention (x052, x060); 0 = none")
     tiny_att_layer: int | None = Field(None, ge=0, description="Block that has tiny attention, from 0")
     my_pos_emb: int = Field(
-        0, ge=0, description="Side of the position embedding (x052, x060), which has room for its square - 1 tokens; 0 = none"
+        0,
+        ge=0,
+        description="Side of the position embedding (x052, x060), which has room for its square - 1 tokens; 0 = none",
     )
-    pre_ffn: int = Field(0, ge=0, le=1, description="1 = block 0 has a second channel mixing for time mixing (x052, x060)")
+    pre_ffn: int = Field(
+        0, ge=0, le=1, description="1 = block 0 has a second channel mixing for time mixing (x052, x060)"
+    )
 
 
 class DataSection(Section):
@@ -102,7 +110,8 @@ class DataSection(Section):
     my_pile_shift: int = Field(-1, ge=-1, description="Tokens by which every window is moved on; -1 = 0")
     my_random_steps: int = Field(0, ge=0, description="Samples at the beginning that are windows at random places")
     my_qa_mask: Literal[0, 1, 2] = Field(
-        0, description="1 = every other sample comes from qa_mix_file, the others train answers only; 2 = without that mask"
+        0,
+        description="1 = every other sample is from qa_mix_file, the others train answers only; 2 = without that mask",
     )
     qa_mix_file: str = Field("", description="binidx data that my_qa_mask mixes in (the Pile, in the reference)")
     val_file: str = Field("", description="Data for the validation loss, in any format of data_file")
@@ -127,9 +136,7 @@ class OptimSection(Section):
     my_pile_edecay: int = Field(
         0, ge=0, description="Mini-epochs before the decay over mini-epochs begins, which my_exit_tokens <= 0 chooses"
     )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Part of the residual stream dropped in training (x052, x060)"
-    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Part of the residual stream dropped in training (x052, x060)")
     layerwise_lr: int = Field(
         1, ge=0, le=1, description="1 = decay parameters learn faster, as the reference's groups do"
     )

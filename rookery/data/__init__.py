@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from rookery.data.binidx import BinIdx, BinIdxWriter
-from rookery.data.dataset import Dataset, Facts, open_dataset
+from rookery.data.dataset import open_dataset
 from rookery.data.make import Made, make
 from rookery.data.sampler import is_prime, magic_prime, sample_offset
+from rookery.data.samples import Dataset, Facts
 
 __all__ = [
     "BinIdx",

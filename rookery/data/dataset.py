@@ -1,17 +1,29 @@
-"""The samples of a run: a stream of tokens, a sampler that chooses windows of it, and a mask of what counts."""
+"""Opening training data: what lies at a path, which tokens it holds, and in which order they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rookery import tokenizer as tokenizers
 from rookery.data.binidx import BinIdx, prefix_of
-from rookery.data.sampler import CoverSampler, CubicSampler, Sampler, magic_prime, prime_fits
+from rookery.data.mixture import Mixture
+from rookery.data.parts import Joined, read_list
+from rookery.data.sampler import (
+    CoverSampler,
+    CubicSampler,
+    DocumentSampler,
+    Part,
+    RandomFirst,
+    RandomSampler,
+    Sampler,
+    magic_prime,
+    prime_fits,
+)
+from rookery.data.samples import Dataset, Facts, check_ids
 from rookery.data.sources import Unit, find_units, read_text
 from rookery.data.tokenise import build_vocabulary, tokenise
 from rookery.errors import UserError
@@ -22,119 +34,8 @@ if TYPE_CHECKING:
     from rookery.config.tree import DataSection
     from rookery.data.mask import Mask
 
-SCAN = 1 << 24
-"""Tokens looked at in one go when ids are checked."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a run needs to know about its data.
-
-    Attributes:
-        file: as given.
-        data_type: as found.
-        tokens: length of the stream.
-        documents: in the stream; 0 when it does not say.
-        tokenizer: name, as `rookery.tokenizer.load` takes it, or "char".
-        vocab_size: of the tokenizer.
-        prime: of the cubic sampler; 0 when the data are too small for it.
-        exit_tokens: tokens to train on.
-        sampler: "cubic" or "cover".
-        samples: that cover the data once.
-    """
-
-    file: str
-    data_type: str
-    tokens: int
-    documents: int
-    tokenizer: str
-    vocab_size: int
-    prime: int
-    exit_tokens: int
-    sampler: str
-    samples: int
-
-
-class Dataset:
-    """Samples by number; any order, any process, always the same.
-
-    Args:
-        stream: (tokens), integers, usually memory-mapped.
-        sampler: sample number to offset.
-        mask: which targets count.
-        ctx_len: tokens of a sample.
-        tokenizer: of the ids.
-        facts: about all this.
-        notes: what the user is told about it.
-    """
-
-    def __init__(
-        self,
-        stream: np.ndarray,
-        sampler: Sampler,
-        mask: Mask | None,
-        ctx_len: int,
-        tokenizer: Tokenizer,
-        facts: Facts,
-        notes: Sequence[str],
-    ) -> None:
-        self.stream = stream
-        self.sampler = sampler
-        self.ctx_len = ctx_len
-        self.tokenizer = tokenizer
-        self.facts = facts
-        self.notes = list(notes)
-        self._mask = mask
-
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Input and targets of sample `index` (counted over the whole run and all devices).
-
-        Returns:
-            x: int64 (ctx_len).
-            y: int64 (ctx_len), the token after each of x; -100 where it is not trained.
-        """
-        offset = self.sampler.offset(index)
-        window = np.zeros(self.ctx_len + 1, np.int64)
-        tokens = self.stream[offset : offset + self.ctx_len + 1]
-        real = len(tokens)
-        window[:real] = tokens
-        if self._mask is None and real == len(window):
-            return window[:-1], window[1:]
-        counts = np.arange(1, len(window)) < real if self._mask is None else self._mask(window, real)
-        return window[:-1], np.where(counts, window[1:], -100)
-
-    def batch(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Samples stacked: x and y, both int64 (samples, ctx_len)."""
-        samples = [self.sample(index) for index in indices]
-        return np.stack([x for x, _y in samples]), np.stack([y for _x, y in samples])
-
-    def save_vocabulary(self, directory: str | Path) -> None:
-        """Keep the tokenizer in a run directory, for whoever reads its weights."""
-        tokenizers.save_beside(self.tokenizer, Path(directory) / "vocab")
-
-    def check_ids(self, vocab_size: int) -> None:
-        """Make sure that every id is one of `vocab_size`.
-
-        Raises:
-            UserError: naming the first that is not, and its place.
-        """
-        if self.stream.dtype.kind == "u" and np.iinfo(self.stream.dtype).max < vocab_size:
-            return
-        for start in range(0, len(self.stream), SCAN):
-            part = self.stream[start : start + SCAN]
-            if int(part.max()) < vocab_size and int(part.min()) >= 0:
-                continue
-            wrong = start + int(((part >= vocab_size) | (part < 0)).argmax())
-            message = _(
-                "{file}: token {place} is id {id}, but the vocabulary has {size} ids (0 to {last}). "
-                "The data were made with another tokenizer.",
-                file=self.facts.file,
-                place=wrong,
-                id=int(self.stream[wrong]),
-                size=vocab_size,
-                last=vocab_size - 1,
-            )
-            raise UserError(message)
+WORLD_SIZE = 65530
+"""A model with fewer token ids cannot have the World vocabulary."""
 
 
 def open_dataset(
@@ -142,6 +43,7 @@ def open_dataset(
     *,
     vocab_size: int | None = None,
     seed: int = 0,
+    random_places: bool = False,
     data_file: str | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Dataset:
@@ -151,7 +53,8 @@ def open_dataset(
         data: the section of the configuration.
         vocab_size: ids the model has: all tokens are checked against it before anything is trained. 0 builds a
             character vocabulary of a text; None takes the tokenizer's size.
-        seed: of the sampler for small data.
+        seed: of what is shuffled or random.
+        random_places: take windows at random places (`train_stage` 4).
         data_file: read this instead of ``data.data_file`` (the validation data, for one).
         tokenizer: take this one, whatever the section and the data say: validation data need that of the training
             data, whose character vocabulary they would not give again.
@@ -160,40 +63,145 @@ def open_dataset(
         UserError: no such data, damaged or foreign files, ids beyond the vocabulary, a magic_prime that does not fit.
     """
     name = data.data_file if data_file is None else data_file
+    if data.my_pile_version == 2 and data_file is None:
+        return _open_list(data, vocab_size, seed, tokenizer)
     data_type = _detect(name, data.data_type)
-    stream, documents, tokenizer = _read(name, data_type, data.tokenizer, vocab_size, tokenizer)
+    stream, sizes, tokenizer = _read(name, data_type, data, vocab_size, tokenizer)
     if len(stream) < 2:
         raise UserError(_("{file} has fewer than two tokens: there is nothing to predict", file=name))
-    sampler, prime, notes = _sampler(len(stream), data, seed)
+    check_ids(stream, vocab_size or tokenizer.vocab_size, name)
+    sampler, prime, notes = _sampler(len(stream), sizes, data, seed, random_places)
+    exit_tokens = len(stream)
+    if sampler.name == "documents":
+        exit_tokens = sampler.period * data.ctx_len
+    # With other data mixed in, our own take twice as many samples; and random ones come on top.
+    exit_tokens = exit_tokens * (2 if data.my_qa_mask else 1) + data.my_random_steps * data.ctx_len
     facts = Facts(
         file=name,
         data_type=data_type,
         tokens=len(stream),
-        documents=documents,
+        documents=len(sizes),
         tokenizer=tokenizer.name,
         vocab_size=tokenizer.vocab_size,
         prime=prime,
+        exit_tokens=data.my_exit_tokens or exit_tokens,
+        sampler=sampler.name,
+        samples=sampler.period,
+    )
+    content = (stream, sampler, _mask(data, tokenizer), data.ctx_len, tokenizer, facts, notes)
+    if data.my_qa_mask:
+        return _mixture(content, data, vocab_size or tokenizer.vocab_size, seed)
+    return Dataset(*content)
+
+
+def _mask(data: DataSection, tokenizer: Tokenizer) -> Mask | None:
+    if data.loss_mask == "none":
+        return None
+    # Only here, because it is the only part of reading data that needs Numba.
+    from rookery.data.mask import make_mask
+
+    return make_mask(data.loss_mask, tokenizer, data.mask_id)
+
+
+def _open_list(data: DataSection, vocab_size: int | None, seed: int, tokenizer: Tokenizer | None) -> Dataset:
+    """Data of `my_pile_version` 2: many binidx files with weights, read at random places."""
+    parts, places = read_list(data.data_file, data.ctx_len)
+    stream = Joined([part.stream for part in parts])
+    sampler = RandomSampler(places, data.ctx_len, seed)
+    tokenizer = tokenizer or _known_tokenizer(parts[0].prefix, data.tokenizer)
+    for part in parts:
+        check_ids(part.stream, vocab_size or tokenizer.vocab_size, part.prefix)
+    facts = Facts(
+        file=data.data_file,
+        data_type="binidx",
+        tokens=len(stream),
+        documents=sum(map(len, parts)),
+        tokenizer=tokenizer.name,
+        vocab_size=tokenizer.vocab_size,
+        prime=0,
         exit_tokens=data.my_exit_tokens or len(stream),
         sampler=sampler.name,
         samples=sampler.period,
     )
-    mask = None
-    if data.loss_mask != "none":
-        # Only here, because it is the only part of reading data that needs Numba.
-        from rookery.data.mask import make_mask
-
-        mask = make_mask(data.loss_mask, tokenizer, data.mask_id)
-    dataset = Dataset(stream, sampler, mask, data.ctx_len, tokenizer, facts, notes)
-    dataset.check_ids(vocab_size or tokenizer.vocab_size)
-    return dataset
+    return Dataset(stream, sampler, _mask(data, tokenizer), data.ctx_len, tokenizer, facts, [])
 
 
-def _sampler(tokens: int, data: DataSection, seed: int) -> tuple[Sampler, int, list[str]]:
-    """The sampler, its prime (0 = none), and what to tell the user."""
+def _mixture(content: tuple[Any, ...], data: DataSection, vocab_size: int, seed: int) -> Mixture:
+    if not data.qa_mix_file:
+        raise UserError(
+            _("my_qa_mask mixes in other data, in the reference the Pile: give their prefix as qa_mix_file")
+        )
+    mixed = BinIdx(data.qa_mix_file).stream
+    check_ids(mixed, vocab_size, data.qa_mix_file)
+    place = RandomSampler([_whole(len(mixed), data.ctx_len, data.qa_mix_file)], data.ctx_len, seed)
+    return Mixture(*content, mixed=mixed, place=place, answers_only=data.my_qa_mask == 1)
+
+
+def _whole(tokens: int, ctx_len: int, name: str) -> Part:
+    """All of a stream, for random windows."""
+    places = tokens - ctx_len
+    if places < 1:
+        message = _(
+            "{file} has {tokens} tokens, too few for ctx_len {ctx_len}", file=name, tokens=tokens, ctx_len=ctx_len
+        )
+        raise UserError(message)
+    return Part(0, places, places)
+
+
+def _sampler(
+    tokens: int, sizes: np.ndarray, data: DataSection, seed: int, random_places: bool
+) -> tuple[Sampler, int, list[str]]:
+    """The sampler, its prime (0 = none), and what to tell the user.
+
+    Args:
+        sizes: tokens of each document.
+        random_places: whether all windows lie at random places.
+    """
+    if data.my_sample_len:
+        sizes = _rows(tokens, data)
+    if data.my_sample_len or data.dataload == "pad":
+        if not len(sizes):
+            raise UserError(_("dataload pad takes documents, of which {file} has none", file=data.data_file))
+        starts = np.cumsum(sizes, dtype=np.int64) - sizes
+        return DocumentSampler(starts, sizes, seed if data.data_shuffle else None), 0, []
+    if random_places:
+        return RandomSampler([_whole(tokens, data.ctx_len, data.data_file)], data.ctx_len, seed), 0, []
+    order, prime, notes = _order(tokens, data, seed)
+    if data.my_random_steps:
+        random = RandomSampler([_whole(tokens, data.ctx_len, data.data_file)], data.ctx_len, seed)
+        return RandomFirst(order, random, data.my_random_steps), prime, notes
+    return order, prime, notes
+
+
+def _rows(tokens: int, data: DataSection) -> np.ndarray:
+    """Sizes of the rows that `my_sample_len` makes of a stream."""
+    length = data.my_sample_len
+    if tokens % length or length < 2:
+        raise UserError(
+            _(
+                "{file} has {tokens} tokens, which are no rows of my_sample_len {length}",
+                file=data.data_file,
+                tokens=tokens,
+                length=length,
+            )
+        )
+    if length > data.ctx_len + 1:
+        raise UserError(_("rows of {length} tokens need ctx_len {ctx_len}", length=length, ctx_len=length - 1))
+    return np.full(tokens // length, length)
+
+
+def _order(tokens: int, data: DataSection, seed: int) -> tuple[Sampler, int, list[str]]:
+    """The order that meets all of the data, its prime, and what to tell the user."""
     found = magic_prime(tokens, data.ctx_len)
     prime = data.magic_prime or found
     if prime_fits(prime, tokens, data.ctx_len):
-        return CubicSampler(prime, data.ctx_len), prime, []
+        shift = max(0, data.my_pile_shift)
+        room = tokens - prime * data.ctx_len - 1
+        if shift > room:
+            raise UserError(
+                _("my_pile_shift {shift} goes beyond the data: the largest that fits is {room}", shift=shift, room=room)
+            )
+        return CubicSampler(prime, data.ctx_len, shift), prime, []
     if prime != found:
         message = _(
             "magic_prime {prime} does not fit {tokens} tokens at ctx_len {ctx_len}; leave it out and it is found",
@@ -239,26 +247,29 @@ def _detect(name: str, data_type: str) -> str:
 
 
 def _read(
-    name: str, data_type: str, wanted: str, vocab_size: int | None, tokenizer: Tokenizer | None
-) -> tuple[np.ndarray, int, Tokenizer]:
-    """The tokens, the number of documents (0 = unknown), and the tokenizer.
+    name: str, data_type: str, data: DataSection, vocab_size: int | None, tokenizer: Tokenizer | None
+) -> tuple[np.ndarray, np.ndarray, Tokenizer]:
+    """The tokens, the sizes of the documents (none: unknown), and the tokenizer.
 
     Args:
-        wanted: the tokenizer's name, or "" to find it.
         tokenizer: the one to take, if that is known.
     """
+    unknown = np.empty(0, np.int64)
+    wanted = data.tokenizer
     if data_type == "binidx":
         binidx = BinIdx(name)
-        return binidx.stream, len(binidx), tokenizer or _known_tokenizer(binidx.prefix, wanted)
+        return binidx.stream, binidx.sizes, tokenizer or _known_tokenizer(binidx.prefix, wanted)
     if data_type in ("numpy", "uint16"):
-        return _read_array(name, data_type), 0, tokenizer or _known_tokenizer(name, wanted)
+        return _read_array(name, data_type), unknown, tokenizer or _known_tokenizer(name, wanted)
     if data_type == "dummy":
         text = _dummy_text()
         tokenizer = tokenizer or Character.build(text)
-        return tokenizer.encode_array(text), 0, tokenizer
+        return tokenizer.encode_array(text), unknown, tokenizer
 
     path = Path(name)
-    if tokenizer is None and not (wanted == "char" or (not wanted and vocab_size == 0)):
+    # To the reference, these types are characters, whatever the size of the vocabulary.
+    characters = data.data_type in ("utf-8", "utf-16le") and (vocab_size or 0) < WORLD_SIZE
+    if tokenizer is None and not (wanted == "char" or (not wanted and (vocab_size == 0 or characters))):
         tokenizer = tokenizers.load(wanted or "world")
     if data_type == "jsonl" or path.is_dir():
         units = find_units(path)
@@ -271,7 +282,8 @@ def _read(
         pieces = list(tokenizer.encode_stream(read_text(path, encoding)))
     except UnicodeError as error:
         raise UserError(_("{path} is not {encoding} text", path=path, encoding=encoding)) from error
-    return _joined(pieces, tokenizer), 1, tokenizer
+    stream = _joined(pieces, tokenizer)
+    return stream, np.array([len(stream)]), tokenizer
 
 
 def _known_tokenizer(prefix: str, wanted: str) -> Tokenizer:
@@ -285,16 +297,17 @@ def _known_tokenizer(prefix: str, wanted: str) -> Tokenizer:
     return kept or tokenizers.load("world")
 
 
-def _tokenised(units: list[Unit], tokenizer: Tokenizer) -> tuple[np.ndarray, int, Tokenizer]:
+def _tokenised(units: list[Unit], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, Tokenizer]:
     pieces = []
-    documents = lines = 0
+    sizes = [np.empty(0, np.int64)]
+    lines = 0
     for piece in tokenise(units, tokenizer):
         for fault in piece.faults:
             raise UserError(str(fault.later(lines)))
         lines += piece.lines
-        documents += len(piece.sizes)
+        sizes.append(piece.sizes)
         pieces.append(piece.tokens)
-    return _joined(pieces, tokenizer), documents, tokenizer
+    return _joined(pieces, tokenizer), np.concatenate(sizes), tokenizer
 
 
 def _joined(pieces: list[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
@@ -312,6 +325,13 @@ def _read_array(name: str, data_type: str) -> np.ndarray:
             path=name,
             dtype=stream.dtype,
             shape=stream.shape,
+        )
+        raise UserError(message)
+    start = stream[: 1 << 20]
+    if data_type == "uint16" and len(start) >= 64 and start[::2].any() and not start[1::2].any():
+        message = _(
+            "{path}: every second uint16 is 0, so these are int32 ids; save them as .npy and they are read as they are",
+            path=name,
         )
         raise UserError(message)
     return stream

@@ -6,7 +6,10 @@ So a run can begin anywhere, and every device finds its own samples without talk
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -83,22 +86,37 @@ class Sampler(Protocol):
 
     def offset(self, index: int) -> int: ...
 
+    def size(self, index: int) -> int | None:
+        """Tokens from the offset on that belong to the sample; None: as many as a window has."""
 
-class CubicSampler:
-    """The prime-cubic order of RWKV-LM: window (factor * i**3) mod prime, i = index + 1, in exact integers."""
+
+class WindowSampler:
+    """Of samples that are whole windows."""
+
+    def size(self, index: int) -> int | None:
+        return None
+
+
+class CubicSampler(WindowSampler):
+    """The prime-cubic order of RWKV-LM: window (factor * i**3) mod prime, i = index + 1, in exact integers.
+
+    Args:
+        shift: tokens by which every window is moved on (`my_pile_shift`).
+    """
 
     name = "cubic"
 
-    def __init__(self, prime: int, ctx_len: int) -> None:
+    def __init__(self, prime: int, ctx_len: int, shift: int = 0) -> None:
         self.period = prime
         self._ctx_len = ctx_len
+        self._shift = shift
         self._factor = int(prime * ((math.sqrt(5) - 1) / 2))
 
     def offset(self, index: int) -> int:
-        return self._factor * (index + 1) ** 3 % self.period * self._ctx_len
+        return self._factor * (index + 1) ** 3 % self.period * self._ctx_len + self._shift
 
 
-class CoverSampler:
+class CoverSampler(WindowSampler):
     """For data too small for the prime rule: every `period` samples have each token as a target, in a new order.
 
     The windows tile the data; the last one is moved back to end with it. Data shorter than a window is one window.
@@ -121,6 +139,99 @@ class CoverSampler:
     def offset(self, index: int) -> int:
         turn, place = divmod(index, self.period)
         if self._order[0] != turn:
-            # RandomState, because numpy promises that its numbers never change: a resumed run keeps its order.
-            self._order = (turn, np.random.RandomState([self._seed, turn]).permutation(self.period))
+            self._order = (turn, _shuffled(self.period, self._seed, turn))
         return min(int(self._order[1][place]) * self._ctx_len, self._last)
+
+
+class Part(NamedTuple):
+    """A piece of a token stream in which windows may begin."""
+
+    first: int
+    """Its first token."""
+    places: int
+    """Windows that begin and end in it."""
+    weight: int
+    """Share of all samples."""
+
+
+class RandomSampler(WindowSampler):
+    """Windows at random places: a part by its weight, then any place in it with the same probability.
+
+    Args:
+        parts: of the stream, each with at least one place.
+        ctx_len: tokens of a sample.
+        seed: of the numbers; sample i is always the same.
+    """
+
+    name = "random"
+
+    def __init__(self, parts: Sequence[Part], ctx_len: int, seed: int) -> None:
+        self.period = max(1, sum(part.places for part in parts) // ctx_len)
+        self._parts = parts
+        self._ends = list(accumulate(part.weight for part in parts))
+        self._seed = seed
+
+    def offset(self, index: int) -> int:
+        number = int(_generator(self._seed, index).randint(self._ends[-1], dtype=np.int64))
+        place = bisect_right(self._ends, number)
+        part = self._parts[place]
+        return part.first + (number - self._ends[place] + part.weight) % part.places
+
+
+class RandomFirst(WindowSampler):
+    """`my_random_steps`: the samples below that number, counted from 1, are random windows; then the order begins."""
+
+    def __init__(self, order: Sampler, random: RandomSampler, samples: int) -> None:
+        self.name = order.name
+        self.period = order.period
+        self._order = order
+        self._random = random
+        self._samples = samples
+
+    def offset(self, index: int) -> int:
+        if index + 1 < self._samples:
+            return self._random.offset(index)
+        return self._order.offset(index - self._samples)
+
+
+class DocumentSampler:
+    """One document a sample, all of them in each pass.
+
+    Args:
+        starts: int64 (documents), first token of each.
+        sizes: (documents), tokens of each.
+        seed: of the order, which is new in each pass; None: the order of the file.
+    """
+
+    name = "documents"
+
+    def __init__(self, starts: np.ndarray, sizes: np.ndarray, seed: int | None) -> None:
+        self.period = len(sizes)
+        self._starts = starts
+        self._sizes = sizes
+        self._seed = seed
+        self._order = (-1, np.empty(0, np.int64))
+
+    def offset(self, index: int) -> int:
+        return int(self._starts[self._document(index)])
+
+    def size(self, index: int) -> int:
+        return int(self._sizes[self._document(index)])
+
+    def _document(self, index: int) -> int:
+        turn, place = divmod(index, self.period)
+        if self._seed is None:
+            return place
+        if self._order[0] != turn:
+            self._order = (turn, _shuffled(self.period, self._seed, turn))
+        return int(self._order[1][place])
+
+
+def _shuffled(n: int, seed: int, turn: int) -> np.ndarray:
+    return _generator(seed, turn).permutation(n)
+
+
+def _generator(seed: int, number: int) -> np.random.RandomState:
+    """RandomState, because numpy promises that its numbers never change: a resumed run keeps its order."""
+    # The number before the first is -1 in a few orders of the reference.
+    return np.random.RandomState([seed, number % 2**32])
