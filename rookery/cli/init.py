@@ -1,4 +1,4 @@
-"""`rookery init`: the initial weights of a new model, as RWKV-LM's trainer writes them at stage 1."""
+"""`rookery init`: the initial weights of a new model, as RWKV-LM's trainer writes them at stage 1, or grown."""
 
 from __future__ import annotations
 
@@ -20,26 +20,39 @@ def init(
     out: Path = typer.Option(None, "--out", "-o", help="The file to write; rwkv-init.pth in --proj_dir when left out"),
     force: bool = typer.Option(False, "--force", help="Replace the file if it exists"),
 ) -> None:
-    """Write the initial weights of a new model. Takes the flags of rookery train; --precision is that of the file."""
+    """Write the initial weights of a new model. Takes the flags of rookery train; --precision is that of the file.
+    With --load_model they come from that model, which may grow to the layers, width and token ids that are given."""
     parsed = parse(context.args)
-    config = resolve(parsed.config, parsed.origins).config
+    source = parsed.config.model.load_model
+    facts = None
+    if source:
+        from dataclasses import asdict
+
+        from rookery.formats import read_weights, shape_of
+
+        tensors = read_weights(source)
+        facts = asdict(shape_of(tensors, source)) | {"file": source}
+    # Stage 1 is where a loaded model may grow.
+    parsed.config.run.train_stage = 1
+    resolved = resolve(parsed.config, parsed.origins, model_facts=facts)
+    config = resolved.config
     tell(parsed)
-    if config.model.load_model:
-        raise UserError(_("rookery init makes a new model: leave --load_model out"))
+    tell(resolved)
     path = out or Path(config.run.proj_dir) / "rwkv-init.pth"
     if path.exists() and not force:
         raise UserError(_("{path} exists; --force replaces it", path=path))
 
     import torch
 
-    from rookery.formats import write_pth
+    from rookery.formats import combine, write_pth
     from rookery.models import ModelShape, create, initialise
 
     model = create(ModelShape.of_config(config.model))
     initialise(model, config.run.random_seed)
+    initial = combine(model.state_dict(), tensors if source else {}, source)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(str(config.run.precision), torch.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_pth(path, {name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
+    write_pth(path, {name: tensor.to(dtype) for name, tensor in initial.items()})
     size = sum(tensor.numel() for tensor in model.parameters())
     typer.echo(
         _(

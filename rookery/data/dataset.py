@@ -82,7 +82,7 @@ def open_dataset(
         tokens=len(stream),
         documents=len(sizes),
         tokenizer=tokenizer.name,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=_vocabulary(data_type, data, vocab_size, tokenizer),
         prime=prime,
         exit_tokens=data.my_exit_tokens or exit_tokens,
         sampler=sampler.name,
@@ -92,6 +92,12 @@ def open_dataset(
     if data.my_qa_mask:
         return _mixture(content, data, vocab_size or tokenizer.vocab_size, seed)
     return Dataset(*content)
+
+
+def _vocabulary(data_type: str, data: DataSection, vocab_size: int | None, tokenizer: Tokenizer) -> int:
+    """Size of the vocabulary: of ids that came without a tokenizer, that of the model they fit."""
+    guessed = data_type in ("binidx", "numpy", "uint16") and tokenizer.name == "world" and not data.tokenizer
+    return vocab_size if guessed and vocab_size else tokenizer.vocab_size
 
 
 def _mask(data: DataSection, tokenizer: Tokenizer) -> Mask | None:
@@ -117,7 +123,7 @@ def _open_list(data: DataSection, vocab_size: int | None, seed: int, tokenizer: 
         tokens=len(stream),
         documents=sum(map(len, parts)),
         tokenizer=tokenizer.name,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=_vocabulary("binidx", data, vocab_size, tokenizer),
         prime=0,
         exit_tokens=data.my_exit_tokens or len(stream),
         sampler=sampler.name,

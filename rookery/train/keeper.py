@@ -22,6 +22,7 @@ from rookery.train.loop import Step
 from rookery.train.monitor import Monitor, Record
 from rookery.train.rundir import RunDir
 from rookery.train.strategies.engine import Engine
+from rookery.train.weights import trained_weights
 
 SAVE_SECONDS = 600.0
 """Time between full checkpoints when `save_every` is not given."""
@@ -151,7 +152,7 @@ class Keeper(Callback):
 
     def _save_weights(self, name: str | int) -> None:
         self._observers.on_phase("saving")
-        write_pth(self._rundir.weights_file(name), self._engine.weights())
+        write_pth(self._rundir.weights_file(name), trained_weights(self._engine, self._config))
 
     def save_checkpoint(self) -> None:
         """Saves everything needed to go on exactly from here.

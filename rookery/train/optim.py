@@ -47,7 +47,7 @@ def parameter_groups(
     for name, tensor in sorted(parameters, key=lambda item: item[0]):
         kind_of_name = kind(name) if layerwise_lr else None
         if kind_of_name is None:
-            matrix = tensor.squeeze().dim() >= 2 and ".weight" in name
+            matrix = (tensor.squeeze().dim() >= 2 and ".weight" in name) or "time_state" in name
             kind_of_name = "decay" if weight_decay and matrix else "1x"
         members[group_of.get(kind_of_name, kind_of_name)].append(name)
 

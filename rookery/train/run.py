@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from rookery.config import Origins, Resolved, TrainConfig, differences, parse, resolve, to_toml
+from rookery.config.tree import DataSection
 from rookery.data import Dataset, open_dataset
 from rookery.errors import Interrupted, UserError
-from rookery.formats import assign, write_pth
+from rookery.formats import write_pth
 from rookery.i18n import _
-from rookery.models import Model, ModelShape, create, initialise
-from rookery.ops import head_loss
+from rookery.models import Model
 from rookery.train import checkpoint, divergence
 from rookery.train.batches import batches
 from rookery.train.callbacks import Callback, MetricsFile, Observers, RunFacts, StatusFile, flat
-from rookery.train.device import describe, device_facts
+from rookery.train.device import describe, device_facts, keep_freed_memory
 from rookery.train.interrupt import StopRequest
 from rookery.train.keeper import Keeper, Progress
 from rookery.train.loop import LossFunction, fit
@@ -41,6 +41,7 @@ from rookery.train.start import Start, find_start
 from rookery.train.strategies import Engine, check_devices, create_engine
 from rookery.train.trackers import TensorBoard, Tracker, WandB
 from rookery.train.validate import Validation
+from rookery.train.weights import build_model, trained_weights
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the operating system answers when the disk, a quota or the largest file size is used up."""
@@ -136,9 +137,15 @@ class _Preparation:
         model_facts = self.start.model_facts()
         # 0 asks for a character vocabulary, whatever it was found to be in an earlier session.
         vocab_size = config.model.vocab_size
-        if model_facts is not None and vocab_size != 0:
+        grows = config.run.train_stage == 1 and vocab_size is not None
+        if model_facts is not None and vocab_size != 0 and not grows:
             vocab_size = model_facts["vocab_size"]
-        self.dataset = open_dataset(config.data, vocab_size=vocab_size, seed=max(0, config.run.random_seed))
+        self.dataset = open_dataset(
+            config.data,
+            vocab_size=vocab_size,
+            seed=max(0, config.run.random_seed),
+            random_places=config.run.train_stage == 4,
+        )
         self.resolved = resolve(
             config,
             origins,
@@ -165,7 +172,8 @@ def _run(
 
     _set_seeds(config.run.random_seed)
     set_matmul_precision(str(config.run.precision))
-    model = _build_model(config, start, rundir)
+    keep_freed_memory()
+    model = build_model(config, start, rundir.weights_file("init"))
     if config.run.train_stage == 1:
         file = rundir.weights_file("init")
         return RunResult(0, None, None, 0, rundir.path, file, _("initial weights are in {file}", file=file))
@@ -200,22 +208,6 @@ def _set_seeds(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _build_model(config: TrainConfig, start: Start, rundir: RunDir) -> Model:
-    """The model on the CPU with fp32 weights. A new one is written to rwkv-init.pth, and begins as that file says."""
-    dtype = DTYPES[str(config.run.precision)]
-    model = create(ModelShape.of_config(config.model), kernel=config.run.kernel)
-    model.grad_cp = bool(config.run.grad_cp)
-    if start.tensors is not None:
-        assign(model, start.tensors, str(start.file))
-    else:
-        initialise(model, config.run.random_seed)
-    if start.tensors is None or config.run.train_stage == 1:
-        initial = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-        write_pth(rundir.weights_file("init"), initial)
-        model.load_state_dict(initial)
-    return model.train()
 
 
 def _build_engine(config: TrainConfig, model: Model) -> Engine:
@@ -257,6 +249,8 @@ def _schedule(config: TrainConfig, tokens_per_step: int, first_step: int) -> Sch
         first_step=first_step,
         weight_decay=optim.weight_decay,
         weight_decay_final=optim.weight_decay_final,
+        edecay=optim.my_pile_edecay,
+        last_epoch=run.my_exit,
     )
 
 
@@ -290,7 +284,7 @@ def _train(
 
     if progress.step >= schedule.total_steps:
         if not final.exists():
-            write_pth(final, engine.weights())
+            write_pth(final, trained_weights(engine, config))
         reason = _("all {steps} steps were already trained; the model is {file}", steps=progress.step, file=final)
         observers.on_message(reason)
         return result(reason)
@@ -354,7 +348,12 @@ def _train(
 
 def _open_training_data(config: TrainConfig) -> Dataset:
     """The data of a resolved configuration, for processes that read ahead."""
-    return open_dataset(config.data, vocab_size=config.model.vocab_size, seed=config.run.random_seed)
+    return open_dataset(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        seed=config.run.random_seed,
+        random_places=config.run.train_stage == 4,
+    )
 
 
 def _validator(
@@ -363,7 +362,14 @@ def _validator(
     """Computes the validation loss, if there is a `val_file`."""
     if not config.data.val_file:
         return None
-    section = config.data.model_copy(update={"magic_prime": None, "data_type": "auto"})
+    # Validation reads everything there is, in windows or documents, whatever the order of training.
+    section = DataSection(
+        tokenizer=config.data.tokenizer,
+        ctx_len=config.data.ctx_len,
+        loss_mask=config.data.loss_mask,
+        mask_id=config.data.mask_id,
+        dataload=config.data.dataload,
+    )
     dataset = open_dataset(
         section, vocab_size=config.model.vocab_size, data_file=config.data.val_file, tokenizer=training.tokenizer
     )
@@ -379,8 +385,8 @@ def language_loss(model: nn.Module, tokens: Tensor, targets: Tensor, *, chunk: i
         tokens, targets: (B, T) int64; target -100 = not trained.
         chunk: rows whose logits exist at one time; 0 chooses.
     """
-    x, _state = model.hidden(tokens)  # type: ignore[operator]
-    return head_loss(x, model.head.weight, targets, chunk=chunk)  # type: ignore[union-attr, arg-type]
+    loss, _state = model.loss(tokens, targets, chunk=chunk)  # type: ignore[operator]
+    return loss
 
 
 def _explain(error: Diverged, engine: Engine, loss_function: LossFunction, rundir: RunDir) -> str:

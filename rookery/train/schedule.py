@@ -42,13 +42,16 @@ class Schedule:
     """Weight decay that is approached exponentially; not positive = constant."""
     edecay: int = 0
     """Mini-epochs before the exponential or linear decay begins (the reference's `my_pile_edecay`)."""
+    last_epoch: int | None = None
+    """Mini-epoch after which to stop, wherever the schedule stands then (the reference's `my_exit`)."""
 
     @property
     def total_steps(self) -> int:
         """Number of the step before which training stops: all tokens are used, or all mini-epochs done."""
+        steps = self.epoch_count * self.epoch_steps
         if self.exit_tokens:
-            return -(-abs(self.exit_tokens) // self.tokens_per_step)
-        return self.epoch_count * self.epoch_steps
+            steps = -(-abs(self.exit_tokens) // self.tokens_per_step)
+        return steps if self.last_epoch is None else min(steps, (self.last_epoch + 1) * self.epoch_steps)
 
     def at(self, step: int) -> Rates:
         """The rates of optimiser step `step`, counted from 0 over the whole training, earlier runs included."""

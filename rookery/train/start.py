@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,71 @@ def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], Non
     """The newest sound checkpoint; else, from stage 2 on, the newest sound rwkv-N.pth of the run directory, where
     RWKV-LM's trainer goes on; else `load_model`; else rwkv-init.pth (stage 2 on); else nothing.
 
+    Stage 1 begins with `load_model` or with nothing. In state tuning, checkpoints and rwkv-N.pth hold the states alone
+    and are put over the weights of `load_model` or rwkv-init.pth.
+
     Args:
         report: told about each file that had to be passed over.
+
+    Raises:
+        UserError: no file of the run directory can be read, or state tuning has no model to begin with.
     """
+    load_model, stage = config.model.load_model, config.run.train_stage
+    if config.run.train_type == "state" and stage != 1:
+        return _find_states(config, files, report)
+    if stage != 1:
+        for found in _checkpoints(files, report):
+            return found
+    damaged = ""
+    if stage >= 2:
+        for number, file in files.numbered_weights():
+            if number < 0 and load_model:
+                continue
+            try:
+                tensors = _merged_init_state(read_weights(file), files)
+                shape_of(tensors, str(file))
+            except UserError as error:
+                damaged = damaged or str(error)
+                report(_("{file} is passed over: {reason}", file=file, reason=error))
+                continue
+            return Start(file, tensors, epoch=number + 1 if number >= 0 else config.run.epoch_begin)
+    if load_model:
+        file = Path(load_model)
+        return Start(file, _merged_init_state(read_weights(file), files), epoch=config.run.epoch_begin)
+    if damaged:
+        raise UserError(
+            _(
+                "{folder} holds weights, but none that can be used ({reason}); repair or remove them",
+                folder=files.path,
+                reason=damaged,
+            )
+        )
+    return Start(epoch=config.run.epoch_begin)
+
+
+def _find_states(config: TrainConfig, files: RunFiles, report: Callable[[str], None]) -> Start:
+    """The start of a state tuning."""
+    base = Path(config.model.load_model or files.weights_file("init"))
+    if not config.model.load_model and not base.exists():
+        raise UserError(_("state tuning begins with a trained model: give --load_model"))
+    tensors = _merged_init_state(read_weights(base), files)
+    for found in _checkpoints(files, report):
+        return replace(found, file=base, tensors=tensors | (found.tensors or {}))
+    for number, file in files.numbered_weights():
+        if number < 0:
+            continue
+        try:
+            states = read_weights(file)
+        except UserError as error:
+            report(_("{file} is passed over: {reason}", file=file, reason=error))
+            continue
+        if all(name.endswith(".att.time_state") for name in states):
+            return Start(base, tensors | states, epoch=number + 1)
+    return Start(base, tensors, epoch=config.run.epoch_begin)
+
+
+def _checkpoints(files: RunFiles, report: Callable[[str], None]) -> Iterator[Start]:
+    """The sound checkpoints of a run, newest first."""
     for folder in checkpoint.newest_first(files.checkpoints):
         try:
             state = checkpoint.verify(folder)
@@ -56,21 +118,10 @@ def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], Non
             report(_("{folder} is damaged ({reason}) and is passed over", folder=folder, reason=error))
             continue
         file = folder / WEIGHTS_FILE
-        return Start(file, read_weights(file), folder, state)
+        yield Start(file, read_weights(file), folder, state)
 
-    if config.run.train_stage >= 2:
-        for number, file in files.numbered_weights():
-            if number < 0 and config.model.load_model:
-                continue
-            try:
-                tensors = read_weights(file)
-                shape_of(tensors, str(file))
-            except UserError as error:
-                report(_("{file} is passed over: {reason}", file=file, reason=error))
-                continue
-            return Start(file, tensors, epoch=number + 1 if number >= 0 else config.run.epoch_begin)
 
-    if config.model.load_model:
-        file = Path(config.model.load_model)
-        return Start(file, read_weights(file), epoch=config.run.epoch_begin)
-    return Start(epoch=config.run.epoch_begin)
+def _merged_init_state(tensors: dict[str, Tensor], files: RunFiles) -> dict[str, Tensor]:
+    """With what rwkv-init-state.pth in the run directory adds, initial states above all, as RWKV-LM does it."""
+    file = files.weights_file("init-state")
+    return tensors | read_weights(file) if file.exists() else tensors
