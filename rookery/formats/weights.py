@@ -43,7 +43,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def weight_file(path: str | Path) -> Path:
-    """The weight file meant by `path`: itself, or in a run directory rwkv-final.pth or the newest rwkv-N.pth."""
+    """The weight file meant by `path`: itself, or of a run directory the newest weights: rwkv-final.pth, else the last
+    written of rwkv-N.pth and the checkpoints an unfinished run goes on from, else rwkv-init.pth."""
     path = Path(path)
     if not path.exists():
         raise UserError(_("{path} does not exist", path=path))
@@ -52,9 +53,10 @@ def weight_file(path: str | Path) -> Path:
     final = path / "rwkv-final.pth"
     if final.exists():
         return final
-    numbered = [(int(m[1]), file) for file in path.iterdir() if (m := re.fullmatch(r"rwkv-(\d+)\.pth", file.name))]
-    if numbered:
-        return max(numbered)[1]
+    numbered = [file for file in path.iterdir() if re.fullmatch(r"rwkv-\d+\.pth", file.name)]
+    candidates = [*numbered, *path.glob("checkpoints/step-*/weights.safetensors")]
+    if candidates:
+        return max(candidates, key=lambda file: file.stat().st_mtime_ns)
     initial = path / "rwkv-init.pth"
     if initial.exists():
         return initial

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
+
+LARGEST_HEAP_BLOCK = 32 << 20
+"""The most that glibc accepts as M_MMAP_THRESHOLD."""
 
 
 def device_facts() -> dict[str, Any]:
@@ -20,3 +28,19 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU x {torch.get_num_threads()}"
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory of freed tensors for the next ones.
+
+    By default glibc hands every large block back to the kernel, which then clears each page anew: a fifth of a training
+    step on a CPU. Elsewhere this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # a Linux with another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
