@@ -67,9 +67,13 @@ def read_state(path: str | Path, shape: ModelShape) -> dict[str, Tensor]:
         raise UserError(
             _(
                 "{path} holds {found} states of shape {sizes}; the model needs {layers} of {heads} x {size} x {size}",
-                path=path, found=len(tensors), sizes=sorted(sizes), layers=shape.n_layer, heads=shape.n_head,
+                path=path,
+                found=len(tensors),
+                sizes=sorted(sizes),
+                layers=shape.n_layer,
+                heads=shape.n_head,
                 size=shape.head_size,
-            )  # fmt: skip
+            )
         )
     return tensors
 
@@ -96,8 +100,11 @@ def assign(model: Model, tensors: dict[str, Tensor], name: str) -> None:
         raise UserError(
             _(
                 "{name} does not fit the model: missing {missing}; unknown {unknown}; other shape {wrong}",
-                name=name, missing=_some(missing), unknown=_some(unknown), wrong=_some(wrong),
-            )  # fmt: skip
+                name=name,
+                missing=_some(missing),
+                unknown=_some(unknown),
+                wrong=_some(wrong),
+            )
         )
     with torch.no_grad():
         for key, parameter in parameters.items():
