@@ -8,7 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from rookery.ops.wkv6 import wkv6
-from rookery.ops.wkv7 import state_dtype
 
 
 def wkv5(
@@ -21,4 +20,4 @@ def wkv5(
 
     The other arguments, the results and the errors are those of `wkv6`.
     """
-    return wkv6(r, w.to(state_dtype(r.dtype)).expand_as(r), k, v, u, state, backend=backend)
+    return wkv6(r, w[None, None], k, v, u, state, backend=backend)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rookery.ops import wkv6_native, wkv7_native
+from rookery.ops import wkv6_native, wkv6_triton, wkv7_native
 from rookery.ops.backend import Backend, Call, Op
 from rookery.ops.wkv7 import state_dtype
 
@@ -38,7 +38,7 @@ def wkv6(
 
     Args:
         r, k, v: receptance, key, value, each (B, T, H, N).
-        w: raw pre-activation of the decay, (B, T, H, N).
+        w: raw pre-activation of the decay, (B, T, H, N), or (1, 1, H, N) when it is the same for all tokens.
         u: bonus of a token's own key (`time_faaaa`), (H, N).
         state: initial state (B, H, N, N), [value, key]; None means zeros.
         backend: "auto", "triton", "native", "chunked" or "reference".
@@ -68,7 +68,7 @@ def wkv6_reference(
     r, w, k, v, u = (x.to(state_dtype(out_dtype)) for x in (r, w, k, v, u))
     B, T, H, N = r.shape
     S = r.new_zeros(B, H, N, N) if state is None else state.to(r.dtype)
-    decay = decay_of(w)
+    decay = decay_of(w).expand_as(r)
     y = []
     for t in range(T):
         own = v[:, t, :, :, None] * k[:, t, :, None, :]
@@ -96,7 +96,7 @@ def wkv6_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: T
     r, w, k, v, u = (x.to(state_dtype(out_dtype)) for x in (r, w, k, v, u))
     y = (r * u * k).sum(dim=-1, keepdim=True) * v
     # A padded token has no key or value, and decay 1: it leaves the state as it is.
-    r, k, v, y, decay = split(r), split(k), split(v), split(y), split(decay_of(w), fill=1.0)
+    r, k, v, y, decay = split(r), split(k), split(v), split(y), split(decay_of(w).expand(B, T, H, N), fill=1.0)
 
     r_in, k_out, whole = r, k, decay
     size = 1
@@ -139,6 +139,7 @@ def _never_refuses(call: Call) -> None:
 OP = Op(
     "wkv6",
     [
+        Backend("triton", wkv6_triton.refuses, wkv6_triton.wkv6_triton),
         Backend("native", wkv7_native.refuses, wkv6_native.wkv6_native),
         Backend("chunked", _never_refuses, wkv6_chunked),
         Backend("reference", _never_refuses, wkv6_reference),

@@ -42,11 +42,11 @@ def refuses(call: Call) -> str | None:
         return f"head size {call.head_size} is not one of {', '.join(map(str, SHARED_MEMORY))}"
     if call.head_size == 128 and call.dtype != torch.bfloat16:
         return "head size 128 fits in shared memory only in bfloat16"
-    return _machine_refuses(torch.cuda.current_device(), SHARED_MEMORY[call.head_size])
+    return machine_refuses(torch.cuda.current_device(), SHARED_MEMORY[call.head_size])
 
 
 @cache
-def _machine_refuses(device: int, shared_memory: int) -> str | None:
+def machine_refuses(device: int, shared_memory: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (it comes with PyTorch's CUDA builds for Linux)"
     import triton

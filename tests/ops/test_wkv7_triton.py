@@ -7,14 +7,12 @@ of its own under Triton's interpreter, and `test_compiles_for_a_gpu` hands the k
 from __future__ import annotations
 
 import inspect
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreted import DEVICE, INTERPRETED, kernels, relative_error, run_interpreted
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,61 +22,9 @@ from rookery.ops.wkv7_triton import Schedule
 
 triton = pytest.importorskip("triton", reason="Triton exists for Linux on x86-64 only")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 NAMES = ("y", "final", "dr", "dw", "dk", "dv", "da", "db", "dstate")
 
-kernels = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU")
 schedules = pytest.mark.parametrize("sequential", [True, False], ids=["sequential", "parallel"])
-
-
-def round_to(x: Any, bits: int) -> Any:
-    """fp32 array rounded to nearest even, without its last `bits` bits."""
-    import numpy as np
-
-    raw = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    raw = raw + np.uint32((1 << bits - 1) - 1) + (raw >> np.uint32(bits) & np.uint32(1))
-    return (raw & np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)).view(np.float32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def faithful_interpreter() -> Any:
-    """Give Triton's interpreter the arithmetic of a GPU: as it stands it truncates to bf16 instead of rounding,
-    multiplies the bit patterns of bf16 matrices, and does TF32 products in fp32."""
-    if not INTERPRETED:
-        yield
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def convert_float(x: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (source, target) == (tl.float32, tl.bfloat16):
-            return (
-                (round_to(x.view(np.float32), 16).view(np.uint32) >> np.uint32(16)).astype(np.uint16).reshape(x.shape)
-            )
-        return convert(x, source, target, mode)
-
-    def create_dot(self: Any, x: Any, y: Any, acc: Any, precision: Any, imprecise: Any) -> Any:
-        def factor(z: Any) -> Any:
-            if z.dtype.scalar == tl.bfloat16:
-                return (z.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
-            return round_to(z.data, 13) if precision == interpreter._ir.INPUT_PRECISION.TF32 else z.data
-
-        return interpreter.TensorHandle(np.matmul(factor(x), factor(y)) + acc.data, acc.dtype.scalar)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(interpreter, "_convert_float", convert_float)
-    patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    yield
-    patch.undo()
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of `want`."""
-    return float(((got - want).norm() / want.norm()).detach())
 
 
 class Case:
@@ -256,11 +202,7 @@ def test_says_why_it_cannot_serve() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs them")
 def test_under_the_interpreter() -> None:
     """The kernels' tests above, without a GPU."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", str(Path(__file__))]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
