@@ -25,7 +25,7 @@ from rookery.data.sampler import (
 )
 from rookery.data.samples import Dataset, Facts, check_ids
 from rookery.data.sources import Unit, find_units, read_text
-from rookery.data.tokenise import build_vocabulary, tokenise
+from rookery.data.tokenise import find_characters, tokenise
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.tokenizer import Character, Tokenizer
@@ -279,7 +279,7 @@ def _read(
         tokenizer = tokenizers.load(wanted or "world")
     if data_type == "jsonl" or path.is_dir():
         units = find_units(path)
-        return _tokenised(units, tokenizer or build_vocabulary(units))
+        return _tokenised(units, tokenizer or Character.build(find_characters(units), documents=True))
     if not path.is_file():
         raise UserError(_("{path} does not exist", path=path))
     encoding = "utf-16-le" if data_type == "utf-16le" else "utf-8-sig"

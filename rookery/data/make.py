@@ -15,10 +15,10 @@ import numpy as np
 from rookery import tokenizer as tokenizers
 from rookery.data.binidx import BinIdxWriter, prefix_of
 from rookery.data.sources import Fault, find_units
-from rookery.data.tokenise import Piece, build_vocabulary, choose_workers, tokenise
+from rookery.data.tokenise import Piece, choose_workers, find_characters, tokenise
 from rookery.errors import UserError
 from rookery.i18n import N_, _
-from rookery.tokenizer import Tokenizer
+from rookery.tokenizer import Character, Tokenizer
 
 SHOWN_FAULTS = 5
 PHASES = (N_("reading characters"), N_("tokenising"), N_("writing"))
@@ -71,8 +71,9 @@ def make(
         source: a .jsonl file (key `text` in each line), a .txt file (one document) or a folder of .txt files.
         epochs: how often each document is written.
         output: prefix of the files; the name of `source`, in the current directory, when not given.
-        tokenizer: as `rookery.tokenizer.load` takes it, or "char" to build a character vocabulary from the source. A
-            vocabulary other than World is kept as ``<output>.vocab.json`` (or ``.txt``).
+        tokenizer: as `rookery.tokenizer.load` takes it, or "char" or "compact" (see `World.compact`) to build a
+            vocabulary from the characters of the source. A vocabulary other than World is kept as
+            ``<output>.vocab.json`` (or ``.txt``).
         shuffle: give each epoch a new order; else each has the order of the source.
         seed: of the orders.
         on_error: what to do about lines that hold no document: "stop" writes nothing, "skip" leaves them out.
@@ -87,9 +88,12 @@ def make(
     units = find_units(source)
     workers = workers or choose_workers(units)
     total = sum(unit.stop - unit.start for unit in units)
-    if tokenizer == "char":
+    if tokenizer in ("char", "compact"):
         progress(PHASES[0], 0, total)
-        encoder: Tokenizer = build_vocabulary(units, workers)
+        found = find_characters(units, workers)
+        encoder: Tokenizer = (
+            Character.build(found, documents=True) if tokenizer == "char" else tokenizers.World.compact(found)
+        )
         progress(PHASES[0], total, total)
     else:
         encoder = tokenizers.load(tokenizer)

@@ -16,7 +16,7 @@ import numpy as np
 from rookery.data.sources import Fault, Lines, Unit, available_cpus, read_lines, read_text
 from rookery.errors import UserError
 from rookery.i18n import _, language, set_language
-from rookery.tokenizer import Character, Tokenizer
+from rookery.tokenizer import Tokenizer
 
 WORKER_BYTES = 128 << 20
 """Input for which a further process is worth its start."""
@@ -73,12 +73,12 @@ def tokenise(units: Sequence[Unit], tokenizer: Tokenizer, workers: int = 1) -> I
             yield from _result(pending.popleft())
 
 
-def build_vocabulary(units: Sequence[Unit], workers: int = 1) -> Character:
-    """The character vocabulary of all documents; lines that hold none are left out."""
+def find_characters(units: Sequence[Unit], workers: int = 1) -> set[str]:
+    """The characters of all documents; lines that hold none are left out."""
     if workers == 1:
-        return Character.build((c for unit in units for c in _characters(unit)), documents=True)
+        return {c for unit in units for c in _characters(unit)}
     with _pool(workers, None) as pool:
-        return Character.build((c for found in pool.map(_characters, units) for c in found), documents=True)
+        return {c for found in pool.map(_characters, units) for c in found}
 
 
 def _characters(unit: Unit) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from rookery.errors import UserError
 from rookery.i18n import _
-from rookery.tokenizer import _trie
+from rookery.tokenizer import _trie, chat
 
 VOCAB_SIZE = 65536
 _TOKENS = 65529
@@ -47,15 +47,27 @@ class World:
 
     def __init__(self, path: str | Path | None = None) -> None:
         if path is None:
-            data, ends, ids = _world_vocabulary()
-            self.name = "world"
+            self._build(*_world_vocabulary(), name="world", file_suffix="")
             self.vocab_size = VOCAB_SIZE
-            self.file_suffix = ""
         else:
-            data, ends, ids = read_vocabulary(Path(path))
-            self.name = str(path)
-            self.vocab_size = int(ids.max()) + 1
-            self.file_suffix = ".txt"
+            self._build(*read_vocabulary(Path(path)), name=str(path), file_suffix=".txt")
+
+    @classmethod
+    def compact(cls, characters: Iterable[str]) -> World:
+        """A small vocabulary for data of few characters: all 256 bytes, so that it too encodes any text, the marks of
+        a conversation, and each of `characters` that is not ASCII."""
+        words = {*chat.MARKS.values(), chat.SEPARATOR, *(c for c in characters if not c.isascii())}
+        tokens = [bytes([byte]) for byte in range(256)]
+        tokens += sorted((word.encode("utf-8") for word in words), key=lambda token: (len(token), token))
+        ends = np.cumsum([len(token) for token in tokens], dtype=np.int64)
+        tokenizer = cls.__new__(cls)
+        data, ids = np.frombuffer(b"".join(tokens), np.uint8), np.arange(1, len(tokens) + 1)
+        tokenizer._build(data, ends, ids, name="compact", file_suffix=".txt")
+        return tokenizer
+
+    def _build(self, data: np.ndarray, ends: np.ndarray, ids: np.ndarray, name: str, file_suffix: str) -> None:
+        self.name, self.file_suffix = name, file_suffix
+        self.vocab_size = int(ids.max()) + 1
         self.dtype: type[np.generic] = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
         self._data, self._ends, self._ids = data, ends, ids
         self._longest = int(np.diff(ends, prepend=0).max())

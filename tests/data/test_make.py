@@ -13,7 +13,7 @@ import pytest
 from rookery.data import BinIdx, make
 from rookery.data.sources import CHUNK, find_units
 from rookery.errors import UserError
-from rookery.tokenizer import Character, World, load
+from rookery.tokenizer import Character, World, load, load_beside
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROOKERY = [sys.executable, "-m", "rookery"]
@@ -328,3 +328,16 @@ def test_a_killed_process_leaves_no_half_written_data(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(BinIdx(tmp_path / "x")) == 180_000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "old.jsonl", "x.bin", "x.idx"]
+
+
+def test_compact_vocabulary_encodes_any_text_in_few_ids(tmp_path: Path) -> None:
+    source = tmp_path / "talk.jsonl"
+    source.write_text('{"text": "User: 三＋4\\n\\nAssistant: 7"}\n', encoding="utf-8")
+    made = make(source, 1, tmp_path / "talk", tokenizer="compact", shuffle=False)
+    kept = load_beside(f"{tmp_path / 'talk'}.vocab")
+    assert kept is not None
+    assert kept.vocab_size == made.tokenizer.vocab_size < 300
+    assert [kept.decode([i]) for i in kept.encode("User: 三＋4\n\nAssistant: 7")] == [
+        "User:", " ", "三", "＋", "4", "\n\n", "Assistant:", " ", "7",
+    ]  # fmt: skip
+    assert kept.decode(kept.encode("never seen: 猫 🐈")) == "never seen: 猫 🐈"
