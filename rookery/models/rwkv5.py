@@ -15,13 +15,12 @@ from rookery.models.common import (
     TimeMixing,
     matrix,
     orthogonal_,
-    previous,
     projection,
     set_,
     vector,
 )
 from rookery.models.shape import ModelShape
-from rookery.ops import wkv5
+from rookery.ops import relu_square, token_shift, wkv5
 
 
 class RWKV5(LanguageModel):
@@ -53,11 +52,11 @@ class TimeMix(TimeMixing):
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         heads = (B, T, *self.time_faaaa.shape)
-        before = previous(x, shift)
-        r = self.receptance(torch.lerp(before, x, self.time_mix_r)).view(heads)
-        k = self.key(torch.lerp(before, x, self.time_mix_k)).view(heads)
-        v = self.value(torch.lerp(before, x, self.time_mix_v)).view(heads)
-        g = F.silu(self.gate(torch.lerp(before, x, self.time_mix_g)))
+        # time_mix is the share of the token itself, not of the one before.
+        mixes = (1 - self.time_mix_r, 1 - self.time_mix_k, 1 - self.time_mix_v, 1 - self.time_mix_g)
+        xr, xk, xv, xg = token_shift(x, shift, *mixes)
+        r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
+        g = F.silu(self.gate(xg))
         y, wkv = wkv5(r, self.time_decay, k, v, self.time_faaaa, wkv, backend=kernel)
         y = self.ln_x(y.view(B * T, -1)).view(B, T, -1)
         return self.output(y * g), wkv
@@ -93,10 +92,8 @@ class ChannelMix(ChannelMixing):
         self.value = projection(F, C)
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        before = previous(x, shift)
-        k = self.key(torch.lerp(before, x, self.time_mix_k))
-        r = self.receptance(torch.lerp(before, x, self.time_mix_r))
-        return torch.sigmoid(r) * self.value(torch.relu(k).square())
+        xk, xr = token_shift(x, shift, 1 - self.time_mix_k, 1 - self.time_mix_r)
+        return torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk)))
 
     def initialise(self, generator: torch.Generator) -> None:
         C = self.time_mix_k.numel()

@@ -22,7 +22,7 @@ from rookery.models.common import (
 )
 from rookery.models.rwkv5 import initial_bonus, initial_decay
 from rookery.models.shape import ModelShape
-from rookery.ops import token_shift, wkv6
+from rookery.ops import linear, relu_square, token_shift, wkv6
 
 
 class RWKV6(LanguageModel):
@@ -59,7 +59,7 @@ class TimeMix(TimeMixing):
         B, T, _ = x.shape
         heads = (B, T, *self.time_faaaa.shape)
         difference = previous(x, shift) - x
-        low = torch.tanh(torch.addcmul(x, difference, self.time_maa_x) @ self.time_maa_w1)
+        low = torch.tanh(linear(torch.addcmul(x, difference, self.time_maa_x), self.time_maa_w1.T))
         of_w, of_k, of_v, of_r, of_g = torch.einsum("btjd,jdc->jbtc", low.unflatten(-1, (5, -1)), self.time_maa_w2)
 
         r = self.receptance(torch.addcmul(x, difference, self.time_maa_r + of_r)).view(heads)
@@ -67,9 +67,9 @@ class TimeMix(TimeMixing):
         v = self.value(torch.addcmul(x, difference, self.time_maa_v + of_v)).view(heads)
         g = F.silu(self.gate(torch.addcmul(x, difference, self.time_maa_g + of_g)))
         xw = torch.addcmul(x, difference, self.time_maa_w + of_w)
-        w = (self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2).view(heads)
+        w = self.time_decay + linear(torch.tanh(linear(xw, self.time_decay_w1.T)), self.time_decay_w2.T)
 
-        y, wkv = wkv6(r, w, k, v, self.time_faaaa, wkv, backend=kernel)
+        y, wkv = wkv6(r, w.view(heads), k, v, self.time_faaaa, wkv, backend=kernel)
         y = self.ln_x(y.view(B * T, -1)).view(B, T, -1)
         return self.output(y * g), wkv
 
@@ -109,7 +109,7 @@ class ChannelMix(ChannelMixing):
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         xk, xr = token_shift(x, shift, self.time_maa_k, self.time_maa_r)
-        return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square())
+        return torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk)))
 
     def initialise(self, generator: torch.Generator) -> None:
         C = self.time_maa_k.numel()
