@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rookery.config import parse
 from rookery.errors import UserError
 from rookery.formats.weights import read_weights, weight_file
 from rookery.i18n import _
@@ -36,7 +38,8 @@ def load(
         UserError: a file is missing, damaged, of an unsupported version, or does not fit.
     """
     tensors = read_weights(path)
-    shape = shape_of(tensors, str(path))
+    file = weight_file(path)
+    shape = replace(shape_of(tensors, str(path)), head_size_divisor=_divisor_beside(file))
     device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(dtype, str):
         if dtype != "auto":
@@ -45,8 +48,17 @@ def load(
     model = create(shape, kernel=kernel)
     if state is not None:
         tensors |= read_state(state, shape)
-    assign(model, tensors, str(weight_file(path)))
+    assign(model, tensors, str(file))
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _divisor_beside(file: Path) -> int:
+    """`head_size_divisor`, which no weight file records, from the configuration in its run directory."""
+    recipe = file.with_name("config.toml")
+    try:
+        return parse([], recipe).config.model.head_size_divisor if recipe.exists() else 8
+    except UserError:  # not a configuration of ours, or one of a later version
+        return 8
 
 
 def shape_of(tensors: dict[str, Tensor], name: str) -> ModelShape:

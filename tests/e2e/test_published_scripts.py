@@ -1,0 +1,215 @@
+"""The argument lists of published training scripts, their sizes shrunk and nothing else changed, in real processes.
+
+The lists are those of RWKV-LM (RWKV-v5 and RWKV-v7/train_temp) and RWKV-PEFT. Words in capitals are the values that
+each test shrinks: dimensions, number of devices, steps, and where the data lie.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rookery.data import BinIdxWriter, magic_prime
+from rookery.formats import read_weights, write_pth
+from rookery.models import ModelShape, create, initialise
+from rookery.tokenizer import World
+
+CTX = 16
+TOKENS = 1700
+
+V5_PREPARE = """
+--wandb "" --proj_dir PROJ --data_file "DATA" --data_type "binidx" --vocab_size 65536
+--ctx_len CTX --my_pile_stage 1 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --weight_decay 0 --head_size_a 64
+--num_nodes 1 --micro_bsz 1 --n_layer LAYERS --n_embd WIDTH --pre_ffn 0 --head_qk 0 --my_exit_tokens TOKENS
+--magic_prime PRIME --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
+--my_pile_edecay 0 --accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0
+--enable_progress_bar False --ds_bucket_mb 200
+"""
+"""RWKV-v5/demo-training-prepare.sh, which leaves the version to the trainer."""
+
+V5_RUN = """
+--load_model "0" --wandb "Test" --proj_dir PROJ --my_testing VERSION
+--ctx_len CTX --my_pile_stage 3 --epoch_count 999999 --epoch_begin 0 --data_file "DATA" --my_exit_tokens TOKENS
+--magic_prime PRIME --num_nodes 1 --micro_bsz 16 --n_layer LAYERS --n_embd WIDTH --pre_ffn 0 --head_qk 0
+--lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 --my_pile_edecay 0
+--data_type "binidx" --vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size_a 64
+--accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --ds_bucket_mb 2
+"""
+"""RWKV-v5/demo-training-run.sh."""
+
+V7_PREPARE = """
+--wandb "" --proj_dir PROJ --data_file "DATA" --data_type "binidx" --vocab_size 65536 --my_testing x070
+--ctx_len CTX --train_stage 1 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --weight_decay 0 --head_size 64
+--num_nodes 1 --micro_bsz 1 --n_layer LAYERS --n_embd WIDTH --my_exit_tokens TOKENS --magic_prime PRIME
+--lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
+--accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1
+"""
+"""RWKV-v7/train_temp/demo-training-prepare.sh."""
+
+V7_RUN = """
+--load_model "0" --wandb "Test" --proj_dir PROJ --my_testing x070
+--ctx_len CTX --train_stage 3 --epoch_count 999999 --epoch_begin 0 --data_file "DATA" --my_exit_tokens TOKENS
+--magic_prime PRIME --num_nodes 1 --micro_bsz 16 --n_layer LAYERS --n_embd WIDTH
+--lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 --data_type "binidx"
+--vocab_size 65536 --weight_decay 0.001 --epoch_save 10 --head_size 64 --accelerator gpu --devices 1
+--precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True
+"""
+"""RWKV-v7/train_temp/demo-training-run.sh."""
+
+PILE_PREPARE = """
+--wandb "" --proj_dir PROJ --data_file "DATA" --data_type "binidx" --vocab_size 50304 --my_testing x070
+--ctx_len CTX --my_pile_stage 1 --epoch_count 1 --epoch_begin 0 --epoch_save 1 --weight_decay 0 --head_size_a 64
+--num_nodes 1 --micro_bsz 1 --n_layer LAYERS --n_embd WIDTH --pre_ffn 0 --head_qk 0 --my_exit_tokens TOKENS
+--magic_prime PRIME --lr_init 1e-5 --lr_final 1e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
+--my_pile_edecay 0 --accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1
+"""
+"""RWKV-v5/demo-training-prepare-v7-pile.sh."""
+
+PILE_RUN = """
+--load_model "0" --wandb "RWKV-7-Pile" --proj_dir PROJ --my_testing x070
+--ctx_len CTX --my_pile_stage 3 --epoch_count 999999 --epoch_begin 0 --data_file "DATA" --my_exit_tokens TOKENS
+--magic_prime PRIME --num_nodes 1 --micro_bsz 30 --n_layer LAYERS --n_embd WIDTH --pre_ffn 0 --head_qk 0
+--lr_init 8e-4 --lr_final 3e-5 --warmup_steps 10 --beta1 0.9 --beta2 0.99 --adam_eps 1e-18 --my_pile_edecay 0
+--data_type "binidx" --vocab_size 50304 --weight_decay 0.1 --epoch_save 50 --head_size_a 64
+--accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 1 --enable_progress_bar True
+--ds_bucket_mb 200
+"""
+"""RWKV-v5/demo-training-run-v7-pile.sh; its 8 devices are 1 here."""
+
+PEFT = """
+--load_model MODEL --proj_dir PROJ --data_file DATA --data_type binidx --vocab_size 65536
+--ctx_len CTX --epoch_steps 2 --epoch_count EPOCHS --epoch_begin 0 --epoch_save 1 --micro_bsz BATCH
+--n_layer LAYERS --n_embd WIDTH --pre_ffn 0 --head_qk 0 RATES --beta1 0.9 --beta2 0.99 --adam_eps 1e-8
+--accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing "VERSION"
+"""
+"""What the scripts of RWKV-PEFT have in common."""
+
+STATE_TUNING = PEFT.replace("RATES", "--lr_init 1 --lr_final 1e-2 --warmup_steps 10") + (
+    '--train_type "state" --dataload pad --fla'
+)
+"""scripts/demo-state-tuning.sh."""
+
+FINETUNE = PEFT.replace("RATES", "--lr_init 6e-4 --lr_final 6e-5 --warmup_steps 10").replace(
+    "--strategy deepspeed_stage_1", "--strategy single_device"
+).replace("--load_model MODEL", "").replace("--accelerator gpu", "--accelerator xpu") + (
+    '--train_type "finetune" --dataload pad --fla --wandb peft-test-platform'
+)
+"""scripts/demo-finetune.sh, which trains a new model when no other is given."""
+
+_SLOW = PEFT.replace("RATES", "--lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0")
+
+NOT_YET = {
+    # scripts/run_lora.sh, run_pissa.sh, run_disha.sh, run_bone.sh, run_lora_fp8.sh, run_sft.sh, demo/infctx.sh
+    "lora": """--dataload pad --loss_mask pad --peft lora
+        --lora_config '{"lora_load":"","lora_r":32,"lora_alpha":32,"lora_dropout":0.0}' --wandb peft-loss""",
+    "pissa": """--dataload pad --loss_mask pad --peft pissa
+        --pissa_config '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":4}' --wandb peft-loss""",
+    "disha": """--dataload pad --loss_mask pad --peft disha --disha_config '{"mode":"bone","load":"","r":64}'""",
+    "bone": """--dataload pad --loss_mask pad --peft bone --bone_config '{"bone_load":"","bone_r":64}'""",
+    "miss": """--dataload pad --peft miss --peft_config '{"r":64}' --merge 1 --op cuda""",
+    "fp8": """--train_parts [] --quant "fp8" """,
+    "sft": """--data_shuffle 0 --data_type sft --sft_field query response --sft_split "train[:1000]" """,
+    "infctx": """--train_type infctx --chunk_ctx 512 --dataload pad --fla""",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """World tokens in 20 documents, below the 50304 ids of the Pile's tokenizer."""
+    prefix = tmp_path_factory.mktemp("data") / "minipile"
+    random = np.random.RandomState(0)
+    with BinIdxWriter(prefix, np.uint16, World()) as writer:
+        for _ in range(20):
+            writer.add(random.randint(1, 200, TOKENS // 20).astype(np.uint16))
+    return prefix
+
+
+@pytest.fixture
+def script(rookery, data, tmp_path):
+    """Runs `rookery train` with a published list, its capitals filled in."""
+
+    def run(arguments: str, **values: object):
+        values = {
+            "PROJ": tmp_path / "out", "DATA": data, "CTX": CTX, "TOKENS": TOKENS, "PRIME": magic_prime(TOKENS, CTX),
+            "LAYERS": 2, "WIDTH": 64, "EPOCHS": 2, "BATCH": 2, **values,
+        }  # fmt: skip
+        words = shlex.split(arguments)
+        return rookery("train", *(values.get(word, word) for word in words))
+
+    return run
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "run", "version"),
+    [
+        (V5_PREPARE, V5_RUN, "x052"),
+        (V5_PREPARE + "--my_testing x060", V5_RUN, "x060"),
+        (V7_PREPARE, V7_RUN, "x070"),
+        (PILE_PREPARE, PILE_RUN, "x070"),
+    ],
+    ids=["v5", "v6", "v7", "pile"],
+)
+def test_stage_1_and_stage_3(script, tmp_path, prepare: str, run: str, version: str) -> None:
+    folder = tmp_path / "out"
+    made = script(prepare)
+    assert made.returncode == 0, made.stderr
+    initial = read_weights(folder / "rwkv-init.pth")
+    assert ModelShape.of_checkpoint({k: tuple(t.shape) for k, t in initial.items()}, "init").version == version
+    assert {t.dtype for t in initial.values()} == {torch.bfloat16}
+
+    trained = script(run, VERSION=version)
+    said = trained.stdout + trained.stderr
+    assert trained.returncode == 0, said
+    assert said.count("the CPU trains instead of gpu") == 1
+    assert said.count("deepspeed_stage_2 has nothing to share out") == 1
+    losses = [row["loss"] for row in rows(folder)]
+    assert len(losses) == -(-TOKENS // (CTX * (30 if run == PILE_RUN else 16)))
+    assert losses[0] == pytest.approx(np.log(initial["head.weight"].shape[0]), abs=0.2)
+    assert losses[-1] < losses[0] - 0.01
+    final = read_weights(folder / "rwkv-final.pth")
+    assert {k: (t.shape, t.dtype) for k, t in final.items()} == {k: (t.shape, t.dtype) for k, t in initial.items()}
+
+
+def test_finetuning_without_a_model(script, tmp_path) -> None:
+    result = script(FINETUNE, VERSION="x060")
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert "--accelerator xpu: this kind of device" in said
+    assert len(rows(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_state_tuning(script, tmp_path, version: str) -> None:
+    ranks = {"mix": 32, "decay": 64} if version == "x060" else dict.fromkeys("wavg", 32)
+    model = create(ModelShape(version, 2, 64, 65536, 64, 64, 224 if version == "x060" else 256, ranks))
+    initialise(model, 0)
+    base = tmp_path / "base.pth"
+    # Layers of an untrained model add nothing, so that their state would learn nothing.
+    grown = {k: torch.randn_like(t) * 0.05 if ".output." in k else t for k, t in model.state_dict().items()}
+    write_pth(base, {k: t.bfloat16() for k, t in grown.items()})
+    result = script(STATE_TUNING, VERSION=version, MODEL=base)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"):
+        states = read_weights(tmp_path / "out" / name)
+        assert set(states) == {f"blocks.{i}.att.time_state" for i in range(2)}
+        assert {(t.dtype, tuple(t.shape)) for t in states.values()} == {(torch.bfloat16, (1, 64, 64))}
+    assert all(t.abs().max() > 0 for t in states.values())
+    assert len(rows(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("method", NOT_YET)
+def test_methods_of_later_versions_are_refused_by_name(script, tmp_path, method: str) -> None:
+    result = script(_SLOW + NOT_YET[method], VERSION="x060", MODEL="base.pth")
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()[-1:]) == 1
+    assert {"sft": "jsonl", "fp8": "quantised"}.get(method, "later version") in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
