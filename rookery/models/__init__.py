@@ -26,9 +26,7 @@ def create(shape: ModelShape, *, kernel: str = "auto", dropout: float = 0.0) -> 
         dropout: probability of dropping an element of the residual stream in training.
     """
     classes = CLASSES if shape.parts == Parts() else LEGACY_CLASSES
-    with torch.device("meta"):
-        model = classes[shape.version](shape, kernel=kernel, dropout=dropout)
-    return model.to_empty(device="cpu")
+    return classes[shape.version](shape, kernel=kernel, dropout=dropout)
 
 
 def initialise(model: Model, seed: int) -> None:

@@ -87,13 +87,13 @@ class LanguageModel(nn.Module):
         self.kernel = kernel
         self.dropout = dropout
         self.grad_cp = False
-        self.emb = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.emb = Embedding(shape.vocab_size, shape.n_embd)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # no element type
             Block(time_mix(shape, layer), channel_mix(shape, layer), shape, layer, dropout)
             for layer in range(shape.n_layer)
         )
         self.ln_out = nn.LayerNorm(shape.n_embd)
-        self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
+        self.head = Linear(shape.n_embd, shape.vocab_size)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits (B, T, V) of `tokens` (B, T), int64, T >= 1, and the state after the last of them."""
@@ -188,6 +188,13 @@ class Block(nn.Module):
         self.ffn.initialise(generator)
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding` whose weight is not set."""
+
+    def reset_parameters(self) -> None:
+        """Values come from a checkpoint or from the model's own rules."""
+
+
 def previous(x: Tensor, before: Tensor) -> Tensor:
     """`x` (B, T, C) one token later, beginning with `before` (B, C)."""
     return torch.cat([before[:, None], x[:, :-1]], dim=1)
@@ -199,10 +206,6 @@ def vector(channels: int) -> nn.Parameter:
 
 def matrix(*size: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*size))
-
-
-def projection(inputs: int, outputs: int) -> nn.Linear:
-    return Linear(inputs, outputs)
 
 
 @torch.no_grad()

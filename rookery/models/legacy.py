@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.models import rwkv5
-from rookery.models.common import Block, LanguageModel, LayerState, TimeMixing, orthogonal_, projection
+from rookery.models.common import Block, LanguageModel, LayerState, TimeMixing, orthogonal_
 from rookery.models.rwkv5 import RWKV5
 from rookery.models.rwkv6 import RWKV6
 from rookery.models.shape import ModelShape
 from rookery.models.state import State
 from rookery.ops.head_loss import logits_loss
+from rookery.ops.linear import Linear
 
 
 class LegacyBlock(Block):
@@ -40,9 +41,9 @@ class LegacyBlock(Block):
         self.tiny_att = parts.tiny_att_dim > 0 and layer == parts.tiny_att_layer
         if self.tiny_att:
             self.tiny_ln = nn.LayerNorm(C)
-            self.tiny_q = projection(C, parts.tiny_att_dim)
-            self.tiny_k = projection(C, parts.tiny_att_dim)
-            self.tiny_v = projection(C, C)
+            self.tiny_q = Linear(C, parts.tiny_att_dim)
+            self.tiny_k = Linear(C, parts.tiny_att_dim)
+            self.tiny_v = Linear(C, C)
 
     def forward(
         self, x: Tensor, before: LayerState, kernel: str, *carried: Tensor
@@ -107,8 +108,8 @@ class Legacy(LanguageModel):
             LegacyBlock(block, self.shape, layer) for layer, block in enumerate(self.blocks)
         )
         if parts.head_qk:
-            self.head_q = projection(C, parts.head_qk)
-            self.head_k = projection(C, parts.head_qk)
+            self.head_q = Linear(C, parts.head_qk)
+            self.head_k = Linear(C, parts.head_qk)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         x, state = self.hidden(tokens, state)

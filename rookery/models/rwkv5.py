@@ -15,12 +15,12 @@ from rookery.models.common import (
     TimeMixing,
     matrix,
     orthogonal_,
-    projection,
     set_,
     vector,
 )
 from rookery.models.shape import ModelShape
 from rookery.ops import relu_square, token_shift, wkv5
+from rookery.ops.linear import Linear
 
 
 class RWKV5(LanguageModel):
@@ -42,11 +42,11 @@ class TimeMix(TimeMixing):
         self.time_mix_r, self.time_mix_g = vector(C), vector(C)
         self.time_decay = matrix(H, N)
         self.time_faaaa = matrix(H, N)
-        self.receptance = projection(C, A)
-        self.key = projection(C, A)
-        self.value = projection(C, A)
-        self.gate = projection(C, A)
-        self.output = projection(A, C)
+        self.receptance = Linear(C, A)
+        self.key = Linear(C, A)
+        self.value = Linear(C, A)
+        self.gate = Linear(C, A)
+        self.output = Linear(A, C)
         self.ln_x = nn.GroupNorm(H, A, eps=shape.group_norm_eps)
 
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
@@ -87,9 +87,9 @@ class ChannelMix(ChannelMixing):
         super().__init__(shape, layer)
         C, F = shape.n_embd, shape.dim_ffn
         self.time_mix_k, self.time_mix_r = vector(C), vector(C)
-        self.key = projection(C, F)
-        self.receptance = projection(C, C)
-        self.value = projection(F, C)
+        self.key = Linear(C, F)
+        self.receptance = Linear(C, C)
+        self.value = Linear(F, C)
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         xk, xr = token_shift(x, shift, 1 - self.time_mix_k, 1 - self.time_mix_r)

@@ -16,13 +16,13 @@ from rookery.models.common import (
     matrix,
     orthogonal_,
     previous,
-    projection,
     set_,
     vector,
 )
 from rookery.models.rwkv5 import initial_bonus, initial_decay
 from rookery.models.shape import ModelShape
 from rookery.ops import linear, relu_square, token_shift, wkv6
+from rookery.ops.linear import Linear
 
 
 class RWKV6(LanguageModel):
@@ -48,11 +48,11 @@ class TimeMix(TimeMixing):
         self.time_decay = vector(A)
         self.time_decay_w1, self.time_decay_w2 = matrix(C, decay), matrix(decay, A)
         self.time_faaaa = matrix(H, N)
-        self.receptance = projection(C, A)
-        self.key = projection(C, A)
-        self.value = projection(C, A)
-        self.gate = projection(C, A)
-        self.output = projection(A, C)
+        self.receptance = Linear(C, A)
+        self.key = Linear(C, A)
+        self.value = Linear(C, A)
+        self.gate = Linear(C, A)
+        self.output = Linear(A, C)
         self.ln_x = nn.GroupNorm(H, A, eps=shape.group_norm_eps)
 
     def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
@@ -103,9 +103,9 @@ class ChannelMix(ChannelMixing):
         super().__init__(shape, layer)
         C, F = shape.n_embd, shape.dim_ffn
         self.time_maa_k, self.time_maa_r = vector(C), vector(C)
-        self.key = projection(C, F)
-        self.receptance = projection(C, C)
-        self.value = projection(F, C)
+        self.key = Linear(C, F)
+        self.receptance = Linear(C, C)
+        self.value = Linear(F, C)
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         xk, xr = token_shift(x, shift, self.time_maa_k, self.time_maa_r)

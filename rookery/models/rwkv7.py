@@ -16,12 +16,12 @@ from rookery.models.common import (
     TimeMixing,
     matrix,
     orthogonal_,
-    projection,
     set_,
     vector,
 )
 from rookery.models.shape import ModelShape
 from rookery.ops import linear, mix7, relu_square, token_shift
+from rookery.ops.linear import Linear
 
 
 class RWKV7(LanguageModel):
@@ -46,10 +46,10 @@ class TimeMix(TimeMixing):
         self.v0, self.v1, self.v2 = vector(C), matrix(C, shape.ranks["v"]), matrix(shape.ranks["v"], C)
         self.g1, self.g2 = matrix(C, shape.ranks["g"]), matrix(shape.ranks["g"], C)
         self.k_k, self.k_a, self.r_k = vector(C), vector(C), matrix(H, N)
-        self.receptance = projection(C, C)
-        self.key = projection(C, C)
-        self.value = projection(C, C)
-        self.output = projection(C, C)
+        self.receptance = Linear(C, C)
+        self.key = Linear(C, C)
+        self.value = Linear(C, C)
+        self.output = Linear(C, C)
         self.ln_x = nn.GroupNorm(H, C, eps=shape.group_norm_eps)
 
     def forward(
@@ -109,8 +109,8 @@ class ChannelMix(ChannelMixing):
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__(shape, layer)
         self.x_k = vector(shape.n_embd)
-        self.key = projection(shape.n_embd, shape.dim_ffn)
-        self.value = projection(shape.dim_ffn, shape.n_embd)
+        self.key = Linear(shape.n_embd, shape.dim_ffn)
+        self.value = Linear(shape.dim_ffn, shape.n_embd)
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         (xk,) = token_shift(x, shift, self.x_k)

@@ -17,10 +17,13 @@ FEWEST_ROWS = 16
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without bias whose product is `linear`."""
+    """`nn.Linear` without bias whose product is `linear`, and whose weight is not set."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Values come from a checkpoint or from the model's own rules."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
