@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from importlib import import_module
@@ -131,6 +132,10 @@ def run(args: list[str]) -> int:
     except PermissionError as error:
         typer.echo(_("no permission: {path}", path=error.filename), err=True)
         return USER_FAULT
+    except BrokenPipeError:
+        # Whoever read our output has seen enough (`rookery ... | head`); Python must not complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else OK
     except Exception:

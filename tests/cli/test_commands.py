@@ -166,3 +166,13 @@ def test_commands_are_translated_again_after_a_change_of_language(capsys: pytest
     assert run(["--lang", "en", "init", "--help"]) == 0
     assert "Write the initial weights" in capsys.readouterr().out
     assert cli.COMMANDS["init"] == "Write the initial weights of a new model"
+
+
+def test_a_reader_that_goes_away_is_not_told_of_a_fault() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rookery", "train", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _out, error = process.communicate(timeout=60)
+    assert error == b""
