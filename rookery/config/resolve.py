@@ -139,11 +139,11 @@ class _Resolver:
         if self.values["train_stage"] == 1:
             may_differ = found.keys() - {"version"}
             if self.values["n_embd"] not in (None, found["n_embd"]):
-                del found["dim_att"], found["dim_ffn"]
+                found = {leaf: value for leaf, value in found.items() if leaf not in ("dim_att", "dim_ffn")}
         conflicts = []
         for leaf, value in found.items():
             asked, given = self.values[leaf], self.origins[leaf].given
-            if leaf in may_differ and asked and (given or (leaf == "vocab_size" and asked > value)):
+            if leaf in may_differ and asked and given:
                 continue
             if asked and asked != value and (given or leaf == "vocab_size"):
                 said = {"leaf": leaf, "asked": asked, "origin": self.origins[leaf], "value": value}
