@@ -43,11 +43,10 @@ def chat(
 ) -> None:
     """Talk to a model: in the terminal, or one message a line through a pipe."""
     from rookery.infer import Conversation, Sampling, open_model
-    from rookery.tokenizer import Character
 
     model, vocabulary = open_model(path, tokenizer_name=tokenizer, device=device)
     # A model with a vocabulary of its own was trained on a task of its own, which has one right answer.
-    likeliest = greedy or (isinstance(vocabulary, Character) and temperature is None and top_p is None)
+    likeliest = greedy or (vocabulary.name != "world" and temperature is None and top_p is None)
     sampling = Sampling(temperature=0, alpha_presence=0, alpha_frequency=0) if likeliest else Sampling()
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     sampling = replace(sampling, **{name: value for name, value in given.items() if value is not None})

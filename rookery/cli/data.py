@@ -41,7 +41,9 @@ def make(
     output: Path = typer.Option(None, "--output", "-o", metavar="PREFIX", help="Where PREFIX.bin and PREFIX.idx go"),
     no_shuffle: bool = typer.Option(False, "--no-shuffle", help="Keep the order of the input"),
     seed: int = typer.Option(0, min=0, help="Decides the order of the documents"),
-    tokenizer: str = typer.Option("world", help="world, char, compact (bytes, chat marks and the characters of the data) or a file"),
+    tokenizer: str = typer.Option(
+        "world", help="world, char, compact (bytes, chat marks and the characters of the data) or a file"
+    ),
     on_error: OnError = typer.Option(OnError.stop, "--on-error", help="Stop at a bad line, or skip it"),
     workers: int = typer.Option(0, min=0, help="Processes; 0 = as the machine and the input suggest"),
 ) -> None:

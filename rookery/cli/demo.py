@@ -36,12 +36,12 @@ class Recipe:
 
     Attributes:
         dialogues: in the training data.
-        tokenizer: "char" or "world".
+        tokenizer: as `rookery data make --tokenizer` takes it.
         train: leaves of the training configuration; those left out follow its rules.
     """
 
     dialogues: int
-    tokenizer: str = "char"
+    tokenizer: str = "compact"
     train: dict[str, Any] = field(default_factory=dict)
 
 
@@ -52,7 +52,7 @@ SMALL = {
     "head_size": 64,
     "ctx_len": 256,
     "micro_bsz": 32,
-    "loss_mask": "qa",
+    "loss_mask": "answer",
     "lr_init": 3e-3,
     "lr_final": 1e-4,
     "my_exit_tokens": 256 * 32 * 700,

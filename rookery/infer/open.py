@@ -33,7 +33,7 @@ def open_model(
 
 
 def find_tokenizer(path: str | Path, vocab_size: int, name: str = "") -> Tokenizer:
-    """The tokenizer called `name`; without a name, World for a model of its size, else vocab.json beside it.
+    """The tokenizer called `name`; without a name, World for a model of its size, else the vocabulary kept beside it.
 
     Raises:
         UserError: there is none, or it has more ids than the model.
@@ -44,12 +44,13 @@ def find_tokenizer(path: str | Path, vocab_size: int, name: str = "") -> Tokeniz
         found = World()
     else:
         weights = formats.weight_file(path)
-        beside = tokenizer.load_beside(weights.parent / "vocab")
+        folder = Path(path) if Path(path).is_dir() else weights.parent
+        beside = tokenizer.load_beside(folder / "vocab")
         if beside is None:
             raise UserError(
                 _(
-                    "{path} has {size} token ids, so its tokenizer is not World, and there is no vocab.json beside it. "
-                    "Name the vocabulary with --tokenizer FILE.",
+                    "{path} has {size} token ids, so its tokenizer is not World, and neither vocab.json nor vocab.txt is "
+                    "beside it. Name the vocabulary with --tokenizer FILE.",
                     path=weights,
                     size=vocab_size,
                 )

@@ -44,14 +44,14 @@ def test_it_leaves_everything_it_promises(finished) -> None:
         "data/arithmetic.idx",
         "rwkv-init.pth",
         "rwkv-final.pth",
-        "vocab.json",
+        "vocab.txt",
         "config.toml",
     ):
         assert (out / name).stat().st_size > 0, name
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [line["loss"] for line in metrics if "loss" in line]
     assert len(losses) == STEPS
-    assert losses[-1] < losses[0] < math.log(60)
+    assert losses[-1] < losses[0] < math.log(300)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((out / "eval.json").read_text(encoding="utf-8"))["arithmetic"]
     assert result["n"] == 20
