@@ -143,7 +143,7 @@ def test_a_model_with_every_optional_part_trains_and_goes_on(config, tmp_path, v
     rookery.train.run(config(**more, n_layer=None))
     saved = parse([], tmp_path / "more" / "config.toml").config.model
     assert {leaf: getattr(saved, leaf) for leaf in PARTS} == PARTS
-    with pytest.raises(UserError, match="head_qk: 16 .*the file has 8"):
+    with pytest.raises(UserError, match=r"head_qk: 16 .*the file has 8"):
         rookery.train.run(config(**more, head_qk=16))
 
 
@@ -177,7 +177,7 @@ def test_load_partial_adds_what_the_file_lacks(config, tmp_path):
     del weights["blocks.1.ffn.key.weight"]
     write_pth(base, weights)
     changes = {**SHORT, "load_model": str(base), "head_qk": 8, "lr_init": 0.0, "lr_final": 0.0}
-    with pytest.raises(UserError, match="head_qk: 8 .*the file has 0"):
+    with pytest.raises(UserError, match=r"head_qk: 8 .*the file has 0"):
         rookery.train.run(config(**changes))
     rookery.train.run(config(**changes, load_partial=1))
     final = read_weights(tmp_path / "run" / "rwkv-final.pth")
