@@ -49,8 +49,8 @@ def find_tokenizer(path: str | Path, vocab_size: int, name: str = "") -> Tokeniz
         if beside is None:
             raise UserError(
                 _(
-                    "{path} has {size} token ids, so its tokenizer is not World, and neither vocab.json nor vocab.txt is "
-                    "beside it. Name the vocabulary with --tokenizer FILE.",
+                    "{path} has {size} token ids, so its tokenizer is not World, and neither vocab.json nor vocab.txt "
+                    "is beside it. Name the vocabulary with --tokenizer FILE.",
                     path=weights,
                     size=vocab_size,
                 )
