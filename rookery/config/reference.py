@@ -67,8 +67,9 @@ def fate(name: str) -> str:
         said.append(_("{leaf} is then {value} when it is not given", leaf=_code(leaf), value=_code(value)))
     if flag.silent and flag.refused:
         said.append(_("{values}: as Rookery does anyway", values=", ".join(map(_code, flag.silent))))
-    for value, reason in flag.refusals.items():
-        said.append(_code(value) + " " + _("refused: {answer}").format(answer=_(reason)))
+    for reason in dict.fromkeys(flag.refusals.values()):
+        values = ", ".join(_code(value) for value, why in flag.refusals.items() if why == reason)
+        said.append(f"{values} " + _("refused: {answer}").format(answer=_(reason)))
     if flag.answer:
         said.append((_("refused: {answer}") if flag.refused else _("answered: {answer}")).format(answer=_(flag.answer)))
     return "; ".join(said)

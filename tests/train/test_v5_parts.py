@@ -17,6 +17,7 @@ from rookery.data import open_dataset
 from rookery.errors import UserError
 from rookery.formats import read_weights, write_pth
 from rookery.models import ModelShape, create, initialise
+from rookery.train.optim import parameter_groups
 from rookery.train.schedule import Schedule
 
 VERSIONS = ("x052", "x060", "x070")
@@ -235,3 +236,12 @@ def test_the_last_mini_epoch_may_be_named(config, tmp_path):
     result = rookery.train.run(config(my_exit=1))
     assert result.step == 30 < STEPS
     assert (tmp_path / "run" / "rwkv-1.pth").exists()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("decays", [True, False])
+def test_initial_states_are_in_the_group_of_the_matrices(version, decays):
+    states = [(f"blocks.{i}.att.time_state", torch.zeros(2, 16, 16)) for i in range(2)]
+    groups = parameter_groups(states, version, weight_decay=decays)
+    (group,) = (group for group in groups if group.names)
+    assert (group.lr_scale, group.decays, group.names) == (1.0, decays, [name for name, _state in states])
