@@ -22,7 +22,7 @@ CONSTANT = Schedule(1e-3, 1e-3, 0, 32, 3200, 100, 1, weight_decay=0.1)
 
 
 def engine_of(model, dtype=torch.float32, *, eps=1e-18, grad_clip=1.0):
-    groups = parameter_groups(model.named_parameters(), "x070", weight_decay=True)
+    groups = parameter_groups(model.named_parameters(), model.version, weight_decay=True)
     return SingleDevice(
         model, partial(build_optimizer, groups=groups, betas=(0.9, 0.99), eps=eps), dtype=dtype, grad_clip=grad_clip
     )
@@ -44,10 +44,11 @@ def train(engine, batches, steps, *, schedule=CONSTANT, accumulate=1, loss_funct
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "norm_tolerance"), [(torch.float64, 1e-8, 1e-6), (torch.float32, 1e-5, 2e-3)]
 )
-def test_training_equals_the_reference_trace(dtype, tolerance, norm_tolerance):
-    golden = json.loads((GOLDEN / "x070_train_trace.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("version", ["x052", "x060", "x070"])
+def test_training_equals_the_reference_trace(version, dtype, tolerance, norm_tolerance):
+    golden = json.loads((GOLDEN / f"{version}_train_trace.json").read_text(encoding="utf-8"))
     hyper = golden["hyper"]
-    weights = load_file(GOLDEN / "x070_ckpt.safetensors")
+    weights = load_file(GOLDEN / f"{version}_ckpt.safetensors")
     model = create(ModelShape.of_checkpoint({k: v.shape for k, v in weights.items()}, "golden"))
     model.load_state_dict(weights)
     engine = engine_of(model.to(dtype), dtype, eps=hyper["adam_eps"], grad_clip=golden["clip"])
