@@ -206,8 +206,9 @@ def test_under_the_interpreter() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@decays
-@pytest.mark.parametrize(("dtype", "N"), [(torch.bfloat16, 64), (torch.float32, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "N", "per_token"), [(torch.bfloat16, 64, True), (torch.bfloat16, 64, False), (torch.float32, 128, True)]
+)
 def test_compiles_for_a_gpu(
     dtype: torch.dtype, N: int, per_token: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
