@@ -148,8 +148,9 @@ class RunSection(Section):
     proj_dir: str = Field("out", description="Run directory")
     train_stage: Literal[0, 1, 2, 3, 4] = Field(
         3,
-        description="0 = train; 1 = write rwkv-init.pth and exit; 2, 3, 4 = train, going on from the newest rwkv-N.pth; 2 "
-        "= time mixing learns faster (x052, x060), 4 = windows at random places",
+        description="0 = train; 1 = write rwkv-init.pth and exit; "
+        "2, 3, 4 = train, going on from the newest rwkv-N.pth; "
+        "2 = time mixing learns faster (x052, x060), 4 = windows at random places",
     )
     train_type: Literal["full", "state"] = Field(
         "full", description="full = all weights; state = only the initial state of each block, blocks.N.att.time_state"
