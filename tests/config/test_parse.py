@@ -140,8 +140,8 @@ def test_a_flag_can_leave_open_what_the_recipe_gives(tmp_path: Path) -> None:
         ("nowhere.toml", "nowhere.toml does not exist"),
         (
             "--peft lora",
-            "--peft lora: LoRA, PiSSA, DoRA and MiSS come with a later version of Rookery; this one trains all weights, "
-            "or the states alone (--train_type state)",
+            "--peft lora: LoRA, PiSSA, DoRA and MiSS come with a later version of Rookery; this one trains all "
+            "weights, or the states alone (--train_type state)",
         ),
         ("--dropout 1", "--dropout 1: must be less than 1"),
     ],
