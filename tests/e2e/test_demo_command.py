@@ -139,7 +139,7 @@ def test_interrupted_it_goes_on_to_the_same_end(finished, rookery, tmp_path) -> 
         (["--level", "basics"], "no arithmetic level 'basics'"),
         (["--out", "{tmp}/file"], "is a file"),
         (["--out", "{tmp}"], "files that are not a demo's"),
-        (["--out", "{done}", "--level", "scripts"], "holds a demo with level basic, not scripts"),
+        (["--out", "{done}", "--level", "basic"], "holds a demo with level scripts, not basic"),
         (["--out", "{done}", "--dialogues", "61"], "holds a demo with dialogues 60, not 61"),
         (["--out", "{tmp}/new", "--proj_dir", "x"], "--out"),
         (["--out", "{tmp}/new", "--n_emb", "32"], "n_embd"),
