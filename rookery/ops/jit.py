@@ -28,8 +28,13 @@ class NoAlias(Compiler):
         return super().define_pipelines()
 
 
-inner = njit(fastmath=FAST, cache=True, pipeline_class=NoAlias)
-"""Decorator of an inner loop, whose array arguments must not overlap."""
+inner = njit(fastmath=FAST, cache=True, pipeline_class=NoAlias, forceinline=True)
+"""Decorator of an inner loop, whose array arguments must not overlap.
+
+It must be inlined: a process that has just compiled a loop would otherwise call that one, and a process that loads its
+caller from the cache another copy, optimised with the caller, whose sums round differently. A run that is interrupted
+and goes on would then not end with the same bits.
+"""
 
 outer = njit(fastmath=FAST, cache=True, nogil=True)
 """Decorator of a function `f(first, last, ...)` that does the pieces of work first..last-1 for `share_out`."""

@@ -1,0 +1,55 @@
+"""The compiled CPU loops stay inside their arrays, and are the same when they come from the cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import hashlib
+
+import torch
+from rookery.ops import mix7, relu_square, token_shift, wkv5, wkv6, wkv7
+
+digest = hashlib.sha256()
+leaves = []
+
+def x(*size):
+    leaves.append(torch.randn(*size, requires_grad=True))
+    return leaves[-1]
+
+torch.manual_seed(0)
+for B, T, H, N in ((1, 1, 1, 4), (2, 17, 3, 8), (1, 33, 2, 32)):
+    heads, flat, C = (B, T, H, N), (B, T, H * N), H * N
+    state = x(B, H, N, N)
+    outputs = [
+        *wkv7(x(*heads), x(*heads), x(*heads), x(*heads), x(*heads), x(*heads), state, backend="native"),
+        *wkv6(x(*heads), x(*heads), x(*heads), x(*heads), x(H, N), state, backend="native"),
+        *wkv5(x(*heads), x(H, N), x(*heads), x(*heads), x(H, N), state, backend="native"),
+        *mix7(x(*flat), x(*flat), x(*flat), x(*flat), x(*flat), x(*flat), x(C), x(C), x(H, N), x(C), x(C), state),
+        *token_shift(x(*flat), x(B, C), x(C), x(C)),
+        relu_square(x(*flat)),
+    ]
+    sum((output * output.detach()).sum() for output in outputs).backward()
+    for tensor in [*outputs, *(leaf.grad for leaf in leaves)]:
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def digest_of_results(cache: Path, **variables: str) -> str:
+    """Of all outputs and gradients, computed in a new process."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), **variables}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_access_is_inside_its_array(tmp_path: Path) -> None:
+    digest_of_results(tmp_path, NUMBA_BOUNDSCHECK="1")
+
+
+def test_loops_from_the_cache_give_the_same_bits(tmp_path: Path) -> None:
+    assert digest_of_results(tmp_path) == digest_of_results(tmp_path)
