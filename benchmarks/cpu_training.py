@@ -3,7 +3,9 @@
 The recurrences run in turn in one process, so that a machine whose speed drifts slows all alike; each figure is the
 median. The split of a step counts CPU time on one thread, by operation.
 
-    python benchmarks/cpu_training.py [-o benchmarks/results/DATE-cpu-training.json]
+    GOMP_SPINCOUNT=1000 python benchmarks/cpu_training.py [-o benchmarks/results/DATE-cpu-training.json]
+
+(the `rookery` command sets GOMP_SPINCOUNT itself.)
 """
 
 from __future__ import annotations
@@ -136,6 +138,14 @@ def compare_wkv7(B: int, T: int, H: int, N: int, rounds: int, backends: tuple[st
     return result
 
 
+def wkv7_share(tokens_per_second: float, rounds: int) -> float:
+    """Time of the demo's recurrences as a share of its step's, which has them within `mix7`."""
+    recipe = RECIPES[DEFAULT_LEVEL].train
+    heads = recipe["n_embd"] // recipe["head_size"]
+    spent = compare_wkv7(recipe["micro_bsz"], recipe["ctx_len"], heads, recipe["head_size"], rounds, ("native",))
+    return sum(spent["native"].values()) * 1e-6 * heads * recipe["n_layer"] * tokens_per_second
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path)
@@ -144,18 +154,19 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     threads = torch.get_num_threads()
+    speeds = {n: tokens_per_second(n, options.seconds) for n in sorted({1, threads})}
     record = {
         "hardware": {
             "processor": processor(),
             "threads": threads,
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
             "load average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         },
         "versions": {name: version(name) for name in ("torch", "numba", "numpy")}
         | {"python": platform.python_version()},
         "demo recipe": RECIPES[DEFAULT_LEVEL].train,
-        "demo tokens per second": {
-            f"{n} threads": round(tokens_per_second(n, options.seconds)) for n in sorted({1, threads})
-        },
+        "demo tokens per second": {f"{n} threads": round(speed) for n, speed in speeds.items()},
+        "wkv7 alone, share of a step on one thread": round(wkv7_share(speeds[1], options.rounds), 3),
         "split of a step, CPU time": split_of_a_step(),
         "wkv7, us of CPU time for a head and token": [
             compare_wkv7(2, 512, 12, 64, options.rounds, ("native", "chunked")),
