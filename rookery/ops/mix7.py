@@ -1,12 +1,11 @@
 """RWKV-7's time mixing between its matrix products: removal key, recurrence, group norm, bonus and gate.
 
 Each step works inside one head of one token, so on a CPU in fp32 one Numba loop does them all around the recurrence,
-which spares forty passes over memory. Elsewhere the same formulas run as PyTorch operations around `wkv7`.
+which reads and writes each tensor once. Elsewhere the same formulas run as PyTorch operations around `wkv7`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rookery.ops.pointwise import native
-from rookery.ops.wkv7 import wkv7
-
-LOG_DECAY_SCALE = -math.exp(-0.5)
+from rookery.ops.wkv7 import LOG_DECAY_SCALE, wkv7
 
 
 def mix7(
