@@ -31,7 +31,8 @@ def model():
                 parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
         # A model that says something before it stops.
         model.head.weight[VOCABULARY.encode("\n \0")] = 0
-    return model
+    # In fp64, so that the rounding of a larger batch cannot tip a draw.
+    return model.double()
 
 
 def answered(wrong: int) -> list[Answered]:
