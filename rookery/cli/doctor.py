@@ -132,23 +132,28 @@ def devices() -> list[dict[str, Any]]:
 
 
 def back_ends() -> list[dict[str, Any]]:
-    """For each op, device and precision of training: the back-end that serves it, and why others cannot."""
+    """For each recurrence, device and precision of training: the back-end that serves it, and why others cannot.
+
+    wkv6 stands for wkv5 too, which is computed by it.
+    """
     import torch
 
     from rookery.ops.backend import Call
-    from rookery.ops.wkv7 import OP
+    from rookery.ops.wkv6 import OP as WKV6
+    from rookery.ops.wkv7 import OP as WKV7
 
     kinds = [("cpu", torch.float32)]
     if torch.cuda.is_available():
         kinds += [("cuda", torch.bfloat16), ("cuda", torch.float32)]
     answers = []
-    for device, dtype in kinds:
-        call = Call(device=device, dtype=dtype, head_size=64, length=512, needs_grad=True)
-        reasons = OP.explain(call)
-        chosen = next(name for name, reason in reasons if reason is None)
-        refused = {name: reason for name, reason in reasons if reason is not None}
-        precision = str(dtype).removeprefix("torch.")
-        answers.append({"op": OP.name, "device": device, "dtype": precision, "uses": chosen, "refused": refused})
+    for op in (WKV7, WKV6):
+        for device, dtype in kinds:
+            call = Call(device=device, dtype=dtype, head_size=64, length=512, needs_grad=True)
+            reasons = op.explain(call)
+            chosen = next(name for name, reason in reasons if reason is None)
+            refused = {name: reason for name, reason in reasons if reason is not None}
+            precision = str(dtype).removeprefix("torch.")
+            answers.append({"op": op.name, "device": device, "dtype": precision, "uses": chosen, "refused": refused})
     return answers
 
 
