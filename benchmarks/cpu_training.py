@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from rookery.cli.demo import DEFAULT_LEVEL, RECIPES
+from rookery.cli.doctor import processor
 from rookery.config import rules
 from rookery.models import ModelShape, create, initialise
 from rookery.ops import head_loss, wkv7
@@ -177,15 +178,6 @@ def main() -> None:
     sys.stdout.write(text)
     if options.output:
         options.output.write_text(text, encoding="utf-8")
-
-
-def processor() -> str:
-    """The model name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rookery.models.shape import ModelShape
+from rookery.ops.backend import exact_dtype
 
 
 @dataclass
@@ -27,7 +28,7 @@ class State:
         """The state before the first token, for a model whose activations are `dtype`."""
         shift = (shape.n_layer, batch, shape.n_embd)
         wkv = (shape.n_layer, batch, shape.n_head, shape.head_size, shape.head_size)
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        exact = exact_dtype(dtype)
         return cls(
             torch.zeros(shift, device=device, dtype=dtype),
             torch.zeros(wkv, device=device, dtype=exact),

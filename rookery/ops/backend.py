@@ -16,6 +16,11 @@ import torch
 logger = logging.getLogger("rookery.ops")
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of states, decays and sums for tensors of `dtype`: fp64 for fp64, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Call:
     """The facts of a call that decide which back-end may serve it."""
@@ -45,6 +50,10 @@ class Backend:
     name: str
     refuses: Callable[[Call], str | None]
     run: Callable[..., Any]
+
+
+def never_refuses(call: Call) -> None:
+    """For back-ends that serve every call."""
 
 
 @dataclass

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rookery.ops.backend import exact_dtype
+
 L2WRAP = 1e-4
 CHUNK_BYTES = 64 << 20
 """Size of the logits of one chunk when `chunk` is not given."""
@@ -52,7 +54,7 @@ def logits_loss(logits: Tensor, targets: Tensor, *, l2wrap: bool = True) -> Tens
     """The same loss and gradients from logits (..., V), by autograd."""
     trained = targets.reshape(-1) != -100
     logits = logits.reshape(-1, logits.shape[-1])[trained]
-    logits = logits.to(_accumulator(logits.dtype))
+    logits = logits.to(exact_dtype(logits.dtype))
     rows = max(1, len(logits))
     loss = F.cross_entropy(logits, targets.reshape(-1)[trained], reduction="sum") / rows
     if l2wrap and len(logits):
@@ -63,10 +65,6 @@ def logits_loss(logits: Tensor, targets: Tensor, *, l2wrap: bool = True) -> Tens
     return loss
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, l2wrap: float) -> Tensor:
@@ -74,7 +72,7 @@ class _HeadLoss(torch.autograd.Function):
         trained = (flat_targets != -100).nonzero().squeeze(-1)
         n = len(trained)
         everything = n == len(flat_targets)
-        exact = _accumulator(x.dtype)
+        exact = exact_dtype(x.dtype)
         loss = torch.zeros((), dtype=exact, device=x.device)
         need_x, need_weight = ctx.needs_input_grad[:2]
         dx = torch.zeros_like(flat_x) if need_x else None

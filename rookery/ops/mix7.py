@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rookery.ops.backend import exact_dtype
+from rookery.ops.native import transposed
 from rookery.ops.pointwise import native
 from rookery.ops.wkv7 import LOG_DECAY_SCALE, wkv7
 
@@ -58,7 +60,7 @@ def mix7_plain(
     """`mix7` as separate operations. In half precision each of the two steps around the recurrence works in fp32 and
     rounds once, as the reference's fused kernels do."""
     B, T, C = r.shape
-    H, dtype, exact = len(r_k), r.dtype, torch.promote_types(r.dtype, torch.float32)
+    H, dtype, exact = len(r_k), r.dtype, exact_dtype(r.dtype)
     k, a = k.to(exact), a.to(exact)
     kappa = F.normalize((k * k_k).view(B, T, *r_k.shape), dim=-1, eps=1e-12)
     k = (k * (1 + (a - 1) * k_a)).to(dtype)
@@ -86,7 +88,7 @@ class _Mix7(torch.autograd.Function):
         inputs = [x.reshape(B, T, H, N).contiguous() for x in (r, decay, k, v, a, g)]
         parameters = torch.stack([x.reshape(H, N) for x in (k_k, k_a, r_k, ln_weight, ln_bias)], dim=1)
         y, u, out = (torch.empty_like(inputs[0]) for _ in range(3))
-        S = state.mT.contiguous().clone()
+        S = transposed(state)
         starts = r.new_empty(B, H, -(-T // mix7_numba.CHUNK) if keep else 0, N, N)
         arrays = (*inputs, parameters, S, y, u, starts, out)
         share_out(mix7_numba.forward, B * H, static(N), *(x.detach().numpy() for x in arrays), eps)
@@ -104,7 +106,7 @@ class _Mix7(torch.autograd.Function):
 
         *inputs, slope, parameters, y, u, starts = ctx.saved_tensors
         B, T, H, N = inputs[0].shape
-        G = dfinal.mT.contiguous().clone()
+        G = transposed(dfinal)
         grads = [torch.empty_like(y) for _ in inputs]
         dparameters = y.new_zeros(B, *parameters.shape)
         arrays = (

@@ -6,14 +6,13 @@ piece of work is one head of one sequence.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from rookery.ops.jit import inner, outer
+from rookery.ops.wkv7_native import LOG_DECAY_SCALE
 from rookery.ops.wkv7_numba import CHUNK, replay, step, step_back, weighted_rows
 
-LOG_DECAY_SCALE = np.float32(-math.exp(-0.5))
+SCALE = np.float32(LOG_DECAY_SCALE)
 ONE = np.float32(1)  # an integer 1 would turn the arithmetic into double precision
 K_K, K_A, R_K, LN_WEIGHT, LN_BIAS = range(5)
 
@@ -105,7 +104,7 @@ def gather(slope, decay, ddecay, dr_state, dkey_state, dv_state, dw, dr, dkey, d
     slope is the derivative of the sigmoid there."""
     N = len(size)
     for j in range(N):
-        dw[j] = ddecay[j] * decay[j] * slope[j] * LOG_DECAY_SCALE
+        dw[j] = ddecay[j] * decay[j] * slope[j] * SCALE
         dr[j] += dr_state[j]
         dkey[j] += dkey_state[j]
         dv[j] += dv_state[j]

@@ -3,24 +3,19 @@ those cannot serve, the formula in PyTorch."""
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@cache
-def _numba_installed() -> bool:
-    return importlib.util.find_spec("numba") is not None
+from rookery.ops.native import numba_installed
 
 
 def native(*tensors: Tensor) -> bool:
     """Whether Numba loops serve these tensors: all fp32 on a CPU, outside autocast."""
     return (
         all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-        and _numba_installed()
+        and numba_installed()
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rookery.ops import wkv6_native, wkv6_triton, wkv7_native
-from rookery.ops.backend import Backend, Call, Op
-from rookery.ops.wkv7 import state_dtype
+from rookery.ops import native, wkv6_native, wkv6_triton
+from rookery.ops.backend import Backend, Call, Op, exact_dtype, never_refuses
 
 CHUNK = 32
 
@@ -65,7 +64,7 @@ def wkv6_reference(
 ) -> tuple[Tensor, Tensor]:
     """The recurrence written out, one token at a time. Shapes as in `wkv6`."""
     out_dtype = r.dtype
-    r, w, k, v, u = (x.to(state_dtype(out_dtype)) for x in (r, w, k, v, u))
+    r, w, k, v, u = (x.to(exact_dtype(out_dtype)) for x in (r, w, k, v, u))
     B, T, H, N = r.shape
     S = r.new_zeros(B, H, N, N) if state is None else state.to(r.dtype)
     decay = decay_of(w).expand_as(r)
@@ -93,7 +92,7 @@ def wkv6_chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: T
         x = F.pad(x.transpose(1, 2), (0, 0, 0, chunks * CHUNK - T), value=fill)
         return x.reshape(B, H, chunks, CHUNK, N)
 
-    r, w, k, v, u = (x.to(state_dtype(out_dtype)) for x in (r, w, k, v, u))
+    r, w, k, v, u = (x.to(exact_dtype(out_dtype)) for x in (r, w, k, v, u))
     y = (r * u * k).sum(dim=-1, keepdim=True) * v
     # A padded token has no key or value, and decay 1: it leaves the state as it is.
     r, k, v, y, decay = split(r), split(k), split(v), split(y), split(decay_of(w).expand(B, T, H, N), fill=1.0)
@@ -132,16 +131,12 @@ def _join(left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([left, right], dim=4).flatten(3, 5)
 
 
-def _never_refuses(call: Call) -> None:
-    return None
-
-
 OP = Op(
     "wkv6",
     [
         Backend("triton", wkv6_triton.refuses, wkv6_triton.wkv6_triton),
-        Backend("native", wkv7_native.refuses, wkv6_native.wkv6_native),
-        Backend("chunked", _never_refuses, wkv6_chunked),
-        Backend("reference", _never_refuses, wkv6_reference),
+        Backend("native", native.refuses, wkv6_native.wkv6_native),
+        Backend("chunked", never_refuses, wkv6_chunked),
+        Backend("reference", never_refuses, wkv6_reference),
     ],
 )

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rookery.ops.backend import exact_dtype
+from rookery.ops.native import transposed
+
 
 def wkv6_native(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes as in `rookery.ops.wkv6`."""
     out_dtype = r.dtype
-    dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    dtype = exact_dtype(out_dtype)
     r, w, k, v, u = (x.to(dtype).contiguous() for x in (r, w, k, v, u))
     B, _, H, N = r.shape
     state = r.new_zeros(B, H, N, N) if state is None else state.to(dtype)
@@ -35,7 +38,7 @@ class _WKV6(torch.autograd.Function):
         rate = torch.exp(w.clamp(max=10))
         decay = torch.exp(-rate)
         y = torch.empty_like(r)
-        S = state.mT.contiguous().clone()
+        S = transposed(state)
         keep = any(ctx.needs_input_grad)
         starts = r.new_empty(B, H, -(-T // wkv6_numba.CHUNK) if keep else 0, N, N)
         arrays = (r, decay, k, v, u, S, y, starts)
@@ -51,7 +54,7 @@ class _WKV6(torch.autograd.Function):
 
         r, decay, rate, k, v, u, starts = ctx.saved_tensors
         B, _, H, N = r.shape
-        G = dfinal.mT.contiguous().clone()
+        G = transposed(dfinal)
         dr, dd, dk, dv = (torch.empty_like(r) for _ in range(4))
         du = r.new_zeros(B, H, N)
         arrays = (r, decay, k, v, u, starts, dy.contiguous(), G, dr, dd, dk, dv, du)

@@ -17,10 +17,10 @@ import math
 import torch
 from torch import Tensor
 
-from rookery.ops import wkv7_native, wkv7_triton
-from rookery.ops.backend import Backend, Call, Op
+from rookery.ops import native, wkv7_native, wkv7_triton
+from rookery.ops.backend import Backend, Call, Op, exact_dtype, never_refuses
+from rookery.ops.wkv7_native import LOG_DECAY_SCALE
 
-LOG_DECAY_SCALE = -math.exp(-0.5)
 CHUNK = 32
 
 
@@ -55,17 +55,12 @@ def wkv7(
     return chosen.run(r, w, k, v, a, b, state)
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Precision of state and decay for inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def wkv7_reference(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence written out, one token at a time. Shapes as in `wkv7`."""
     out_dtype = r.dtype
-    r, w, k, v, a, b = (x.to(state_dtype(out_dtype)) for x in (r, w, k, v, a, b))
+    r, w, k, v, a, b = (x.to(exact_dtype(out_dtype)) for x in (r, w, k, v, a, b))
     B, T, H, N = r.shape
     S = r.new_zeros(B, H, N, N) if state is None else state.to(r.dtype)
     decay = torch.exp(LOG_DECAY_SCALE * torch.sigmoid(w))
@@ -92,7 +87,7 @@ def wkv7_chunked(
     pad = chunks * CHUNK - T
 
     def split(x: Tensor, fill: float = 0.0) -> Tensor:
-        x = x.to(state_dtype(out_dtype)).transpose(1, 2)
+        x = x.to(exact_dtype(out_dtype)).transpose(1, 2)
         if pad:
             x = torch.nn.functional.pad(x, (0, 0, 0, pad), value=fill)
         return x.reshape(B, H, chunks, CHUNK, N)
@@ -131,16 +126,12 @@ def wkv7_chunked(
     return out.to(out_dtype).contiguous(), S
 
 
-def _never_refuses(call: Call) -> None:
-    return None
-
-
 OP = Op(
     "wkv7",
     [
         Backend("triton", wkv7_triton.refuses, wkv7_triton.wkv7_triton),
-        Backend("native", wkv7_native.refuses, wkv7_native.wkv7_native),
-        Backend("chunked", _never_refuses, wkv7_chunked),
-        Backend("reference", _never_refuses, wkv7_reference),
+        Backend("native", native.refuses, wkv7_native.wkv7_native),
+        Backend("chunked", never_refuses, wkv7_chunked),
+        Backend("reference", never_refuses, wkv7_reference),
     ],
 )

@@ -8,30 +8,16 @@ kernels do, is not).
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rookery.ops.backend import Call
+from rookery.ops.backend import exact_dtype
+from rookery.ops.native import transposed
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def refuses(call: Call) -> str | None:
-    """Why this back-end cannot serve `call`, or None."""
-    if call.device != "cpu":
-        return f"runs on a CPU, not on {call.device}"
-    if importlib.util.find_spec("numba") is None:
-        return "Numba is not installed (pip install numba)"
-    if call.dtype not in DTYPES:
-        return f"dtype {call.dtype} is not a floating-point type it knows"
-    if call.head_size % 4:
-        return f"head size {call.head_size} is not a multiple of 4"
-    return None
 
 
 def wkv7_native(
@@ -39,7 +25,7 @@ def wkv7_native(
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes as in `rookery.ops.wkv7`."""
     out_dtype = r.dtype
-    dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
+    dtype = exact_dtype(out_dtype)
     r, w, k, v, a, b = (x.to(dtype).contiguous() for x in (r, w, k, v, a, b))
     B, _, H, N = r.shape
     state = r.new_zeros(B, H, N, N) if state is None else state.to(dtype)
@@ -57,7 +43,7 @@ class _WKV7(torch.autograd.Function):
         sigmoid = torch.sigmoid(w)
         decay = torch.exp(LOG_DECAY_SCALE * sigmoid)
         y, u = torch.empty_like(r), torch.empty_like(r)
-        S = state.mT.contiguous().clone()
+        S = transposed(state)
         keep = any(ctx.needs_input_grad)
         starts = r.new_empty(B, H, -(-T // wkv7_numba.CHUNK) if keep else 0, N, N)
         arrays = (r, decay, k, v, a, b, S, y, u, starts)
@@ -74,7 +60,7 @@ class _WKV7(torch.autograd.Function):
         from rookery.ops.jit import share_out, static
 
         r, decay, slope, k, v, a, b, u, starts = ctx.saved_tensors
-        G = dfinal.mT.contiguous().clone()
+        G = transposed(dfinal)
         grads = [torch.empty_like(r) for _ in range(6)]
         arrays = (r, decay, k, v, a, b, u, starts, dy.contiguous(), G, *grads)
         B, _, H, N = r.shape
