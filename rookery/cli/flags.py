@@ -42,7 +42,7 @@ class ModelFlagsCommand(FlagsCommand):
 def describe(leaf: str) -> str:
     """Description of a leaf with its type or choices, and its default."""
     field = leaf_field(leaf)
-    default = "" if field.default in (None, "") else "; " + _("default {value}", value=field.default)
+    default = "" if field.default in (None, "", []) else "; " + _("default {value}", value=field.default)
     return f"{_(field.description or '')} ({allowed(leaf)}{default})"
 
 

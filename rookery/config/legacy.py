@@ -29,6 +29,9 @@ class LegacyFlag:
         leaf: the leaf that takes the value; empty = none does.
         values: reference spelling -> ours, for a `leaf`; values not named here are passed on. None: the flag then says
             nothing about the leaf.
+        elsewhere: reference spelling -> (leaf, value), where it says something about another leaf.
+        keys: of a flag whose value is a JSON object: its keys -> our leaves.
+        methods: values of `peft` with which the object of such a flag counts.
         silent: values, in lower case, that ask for what Rookery does anyway, so nothing needs saying.
         answer: what happens instead (one sentence), for every other value; with a `leaf`, for the values it respells.
         refused: whether `answer` is an error.
@@ -39,6 +42,9 @@ class LegacyFlag:
 
     leaf: str = ""
     values: Mapping[str, str | None] = field(default_factory=dict)
+    elsewhere: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
     answer: str = ""
     refused: bool = False
@@ -49,19 +55,14 @@ class LegacyFlag:
 
 _AUTO = N_("Rookery chooses the kernel of each call itself; `rookery doctor` says which and why")
 _LIGHTNING = N_("this setting of PyTorch Lightning does nothing here: Rookery has its own training loop")
-_OWN_ADAPTERS = N_(
-    "LoRA, PiSSA, DoRA and MiSS come with a later version of Rookery; this one trains all weights, or the states alone "
-    "(--train_type state)"
-)
-_ADAPTER_SETTING = N_("it only matters with --peft")
-_INFCTX = N_("infinite context comes with a later version of Rookery; raise ctx_len, which may be any length")
-_ONLY = N_("samples of unequal length come with a later version of Rookery; --dataload pad trains the same targets")
 _GPUS = N_("this kind of device is not one that Rookery knows: it takes the GPU that PyTorch calls cuda, or the CPU")
-_QUANT = N_("quantised base weights come with a later version of Rookery")
-_SFT = N_("write the examples as .jsonl lines with a text field and train with --loss_mask answer")
+_QUANT = N_("the nearest of what Rookery has is taken: int8 or nf4")
+_SFT = N_("the rows of data_file, a .jsonl or .json file, become conversations in the format of `template`")
 _WDS_IMG = N_(
     "images were never finished in the reference, which refuses this type too: Rookery trains on text and tokens"
 )
+
+_MISS = {"mode": "miss_mode", "load": "adapter_load", "r": "lora_r"}
 
 _LIGHTNING_OFF = ("false", "none", "0", "0.0", "-1", "")
 
@@ -74,22 +75,23 @@ LEGACY: dict[str, LegacyFlag] = {
     "tiny_att_dim": LegacyFlag(leaf="tiny_att_dim", values={"-1": "0"}),
     "tiny_att_layer": LegacyFlag(leaf="tiny_att_layer", values={"-999": NOT_GIVEN, "-1": NOT_GIVEN}),
     "my_exit": LegacyFlag(leaf="my_exit", values={"99999999": NOT_GIVEN}),
-    "data_type": LegacyFlag(leaf="data_type", refusals={"wds_img": _WDS_IMG, "sft": _SFT}),
-    "dataload": LegacyFlag(leaf="dataload", refusals={"only": _ONLY}),
+    "data_type": LegacyFlag(leaf="data_type", values={"sft": "jsonl"}, answer=_SFT, refusals={"wds_img": _WDS_IMG}),
+    "micro_bsz": LegacyFlag(leaf="micro_bsz", values={"auto": "0"}, silent=("auto",)),
     "accelerator": LegacyFlag(
         leaf="accelerator", values={"xpu": "auto", "npu": "auto", "musa": "auto", "mps": "auto"}, answer=_GPUS
     ),
     "train_type": LegacyFlag(
         leaf="train_type",
-        values={"": None, "none": None, "finetune": None, "states": "state"},
-        silent=("", "none", "finetune", "states"),
-        refusals={"infctx": _INFCTX},
+        values={"": None, "none": None, "finetune": None, "full": None},
+        elsewhere={"state": ("peft", "state"), "states": ("peft", "state")},
+        silent=("", "none", "finetune", "full"),
     ),
-    "peft": LegacyFlag(
-        leaf="train_type",
-        values={"none": None},
-        silent=("none",),
-        refusals=dict.fromkeys(("lora", "pissa", "bone", "disha", "miss", "dora"), _OWN_ADAPTERS),
+    "peft": LegacyFlag(leaf="peft", values={"bone": "miss", "disha": "miss"}, silent=("bone", "disha")),
+    "quant": LegacyFlag(
+        leaf="quant",
+        values={"Int8": "int8", "NF4": "nf4", "4bit": "nf4", "fp4": "nf4", "fp8": "int8"},
+        silent=("int8", "nf4"),
+        answer=_QUANT,
     ),
     "epoch_count": LegacyFlag(leaf="epoch_count", values={"999999": NOT_GIVEN}),
     "precision": LegacyFlag(
@@ -152,19 +154,40 @@ LEGACY: dict[str, LegacyFlag] = {
     "my_ffn_shift": LegacyFlag(silent=("1",), answer=N_("no published code reads this flag: token shift is always on")),
     "my_att_shift": LegacyFlag(silent=("1",), answer=N_("no published code reads this flag: token shift is always on")),
     # RWKV-PEFT.
-    "train_parts": LegacyFlag(answer=_ADAPTER_SETTING, arity="many"),
-    "lora_config": LegacyFlag(answer=_ADAPTER_SETTING),
-    "pissa_config": LegacyFlag(answer=_ADAPTER_SETTING),
-    "bone_config": LegacyFlag(answer=_ADAPTER_SETTING),
-    "disha_config": LegacyFlag(answer=_ADAPTER_SETTING),
-    "miss_config": LegacyFlag(answer=_ADAPTER_SETTING),
-    "peft_config": LegacyFlag(answer=_ADAPTER_SETTING),
-    "merge": LegacyFlag(silent=("1",), answer=_ADAPTER_SETTING),
-    "quant": LegacyFlag(silent=("none",), answer=_QUANT, refused=True),
-    "state_tune": LegacyFlag(leaf="train_type", values={"": "state"}, silent=("",), arity="none"),
-    "chunk_ctx": LegacyFlag(answer=N_("it only matters with --train_type infctx")),
-    "sft_field": LegacyFlag(answer=_SFT, refused=True, arity="many"),
-    "sft_split": LegacyFlag(silent=("train",), answer=_SFT, refused=True),
+    "lora_config": LegacyFlag(
+        keys={
+            "lora_load": "adapter_load",
+            "lora_r": "lora_r",
+            "lora_alpha": "lora_alpha",
+            "lora_dropout": "lora_dropout",
+        },
+        methods=("lora", "dora"),
+    ),
+    "pissa_config": LegacyFlag(
+        keys={
+            "pissa_load": "adapter_load",
+            "pissa_init": "pissa_init",
+            "pissa_r": "lora_r",
+            "svd_niter": "svd_niter",
+        },
+        methods=("pissa",),
+    ),
+    "bone_config": LegacyFlag(
+        keys={"bone_load": "adapter_load", "bone_r": "lora_r", "bone_mode": "miss_mode"}, methods=("miss",)
+    ),
+    "disha_config": LegacyFlag(keys=_MISS, methods=("miss",)),
+    "miss_config": LegacyFlag(keys=_MISS, methods=("miss",)),
+    "peft_config": LegacyFlag(
+        keys={
+            "r": "lora_r",
+            "lora_alpha": "lora_alpha",
+            "lora_dropout": "lora_dropout",
+            "use_rslora": "rslora",
+            "target_modules": "target_modules",
+        },
+        methods=("lora", "dora", "pissa", "miss"),
+    ),
+    "state_tune": LegacyFlag(leaf="peft", values={"": "state"}, silent=("",), arity="none"),
     "lr_schedule": LegacyFlag(
         silent=("cos",),
         answer=N_("the schedule is a cosine from lr_init to lr_final after a linear warm-up"),

@@ -68,8 +68,12 @@ class _Flags:
         """Leaf -> the value that a flag brings along when nothing else is said of it, and that flag."""
         self.notes: list[str] = []
         self.toml_path: str | None = None
+        self._objects: list[tuple[str, LegacyFlag, dict[str, Any]]] = []
+        """Flags whose value is a JSON object; which of them count is known only when all words are read."""
         for word, values in _split(words):
             self._take(word, values)
+        for word, flag, content in self._objects:
+            self._take_object(word, flag, content)
 
     def _take(self, word: str, values: list[str]) -> None:
         name = _name(word)
@@ -77,10 +81,13 @@ class _Flags:
             self._take_file(word)
         elif name == "config":
             self._take_file(values[0])
+        elif name in LEGACY and LEGACY[name].keys:
+            self._objects.append((word, LEGACY[name], _read_object(word, values[0])))
         elif name in LEGACY:
             self._take_legacy(word, LEGACY[name], values)
         else:
-            self._set(name, word, values[0] if values else "true", written=" ".join(values))
+            text = " ".join(values)
+            self._set(name, word, text if values or value_type(name) is list else "true", written=text)
 
     def _take_file(self, word: str) -> None:
         if not word.endswith(".toml"):
@@ -96,6 +103,10 @@ class _Flags:
         said = f"{word} {text}".rstrip() + ": "
         if text.lower() in flag.refusals:
             raise UserError(said + _(flag.refusals[text.lower()]))
+        if text in flag.elsewhere:
+            leaf, value = flag.elsewhere[text]
+            self._set(leaf, word, value, written=text)
+            return
         respelt = flag.values.get(text, text)
         if flag.answer and text.lower() not in flag.silent and (not flag.leaf or respelt != text):
             if flag.refused:
@@ -105,8 +116,21 @@ class _Flags:
             self._set(flag.leaf, word, respelt, written=text)
         self.implied |= {leaf: (value, word) for leaf, value in flag.defaults.items()}
 
+    def _take_object(self, word: str, flag: LegacyFlag, content: dict[str, Any]) -> None:
+        """The settings of a JSON object, if they belong to the method that `peft` asks for."""
+        if self.values.get("peft") not in flag.methods and (self.toml_path is None or "peft" in self.values):
+            self.notes.append(f"{word}: " + _("it only matters with --peft {methods}", methods="|".join(flag.methods)))
+            return
+        for key, value in content.items():
+            if key not in flag.keys:
+                raise UserError(
+                    _("{flag} has the keys {keys}, and no {key}", flag=word, keys=", ".join(flag.keys), key=key)
+                )
+            written = value if isinstance(value, str) else json.dumps(value)
+            self._set(flag.keys[key], f"{word} {key}", written)
+
     def _set(self, leaf: str, word: str, text: str, written: str | None = None) -> None:
-        if text == NOT_GIVEN and leaf_field(leaf).default != "":
+        if text == NOT_GIVEN and leaf_field(leaf).default != "" and value_type(leaf) is not list:
             self.values.pop(leaf, None)
             self.origins.pop(leaf, None)
             self.withdrawn.add(leaf)
@@ -157,7 +181,7 @@ def _arity(word: str) -> str:
     if name in LEGACY:
         return LEGACY[name].arity
     if name in SECTION_OF:
-        return "optional" if value_type(name) is bool else "one"
+        return {bool: "optional", list: "many"}.get(value_type(name), "one")
     known = [*SECTION_OF, *LEGACY]
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if nearest:
@@ -175,9 +199,21 @@ def _read_value(leaf: str, text: str) -> Any:
             return json.loads(text)
         except ValueError:
             return text
+    if kind is list:
+        return re.findall(r"[^\s,\[\]\"']+", text)
     if kind is int and choices(leaf):
         return int(text) if re.fullmatch(r"-?\d+", text) else text
     return text
+
+
+def _read_object(word: str, text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(_("{flag} must be a JSON object in quotes; it is {text}", flag=word, text=text))
+    return content
 
 
 def _read_toml(path: Path) -> tuple[dict[str, Any], Origins]:
@@ -318,6 +354,7 @@ def _problem(error: ErrorDetails, origins: Origins) -> str:
         float: _("{said}: must be a number, such as {example}", said=said, example=_example(leaf, 6e-4)),
         bool: _("{said}: must be true or false", said=said),
         str: _("{said}: must be text", said=said),
+        list: _("{said}: must be a list, such as {example}", said=said, example='["att.key", "ffn.value"]'),
         dict: _("{said}: must be JSON, such as {example}", said=said, example='\'{"mask0": "0", "mask1": "1"}\''),
     }
     return expected[value_type(leaf)]

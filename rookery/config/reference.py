@@ -35,7 +35,7 @@ def _lines() -> Iterator[str]:
         yield from _table_head(_("setting"), _("values"), _("default"), _("meaning"))
         for leaf in model.model_fields:
             field = leaf_field(leaf)
-            default = "" if field.default in (None, "") else f"`{field.default}`"
+            default = "" if field.default in (None, "", []) else f"`{field.default}`"
             yield _row(f"`{leaf}`", allowed(leaf).replace("|", " "), default, _(field.description or ""))
     yield ""
     yield "## " + _("Flags of other trainers")
@@ -63,6 +63,15 @@ def fate(name: str) -> str:
         said.append(_("honoured as --{leaf}", leaf=flag.leaf))
     for old, new in flag.values.items():
         said.append(f"{_code(old)} → {_code(new) if new else _('not given')}")
+    for old, (leaf, new) in flag.elsewhere.items():
+        said.append(f"{_code(old)} → {_code(f'--{leaf} {new}')}")
+    if flag.keys:
+        said.append(
+            _("its keys with --peft {methods}: ", methods="|".join(flag.methods))
+            + ", ".join(
+                _code(key) if key == leaf else f"{_code(key)} → {_code(leaf)}" for key, leaf in flag.keys.items()
+            )
+        )
     for leaf, value in flag.defaults.items():
         said.append(_("{leaf} is then {value} when it is not given", leaf=_code(leaf), value=_code(value)))
     if flag.silent and flag.refused:

@@ -27,6 +27,9 @@ RANK_LEAVES = {
 PART_LEAVES = ("head_qk", "tiny_att_dim", "tiny_att_layer", "my_pos_emb", "pre_ffn")
 """Optional parts of x052 and x060, by the names of `rookery.models.Parts` and of their leaves."""
 
+DOCUMENT_SAMPLERS = ("documents", "packs")
+"""Samplers that pass over the data, each document once."""
+
 DEFAULT_VERSION, DEFAULT_LAYERS, DEFAULT_WIDTH, WORLD_VOCABULARY = "x070", 6, 512, 65536
 """A new model of which nothing is said: the current generation with the sizes the reference trainers start from."""
 
@@ -55,7 +58,7 @@ def resolve(
         model_facts: what the checkpoint holds: ``file``, ``version``, ``n_layer``, ``n_embd``, ``dim_att``,
             ``dim_ffn``, ``head_size``, ``vocab_size``, ``ranks`` and ``parts`` (dicts). None: a new model is made.
         data_facts: what the data hold: ``file``, ``data_type``, ``tokenizer``, ``vocab_size``, ``exit_tokens`` and
-            ``prime`` (0: too little data for the prime rule). None: nothing is trained, and what depends on the data
+            ``prime`` (0: too little data for the prime rule), ``sampler`` and ``samples`` of one pass. None: nothing is trained, and what depends on the data
             stays open.
         device_facts: what runs it: ``accelerator`` ("cpu" or "cuda"), ``name``, ``bf16`` (whether it is native). None:
             the CPU.
@@ -75,6 +78,7 @@ def resolve(
     if model_facts is not None:
         resolver.checkpoint(model_facts)
     resolver.new_model()
+    resolver.fine_tuning()
     resolver.optimiser()
     resolver.length(data_facts)
     return Resolved(TrainConfig(**resolver.values), resolver.origins, resolver.notes)
@@ -219,18 +223,38 @@ class _Resolver:
             self.notes.append(_("x070 has no dropout: 0 is used"))
             values["dropout"] = 0.0
 
-    def optimiser(self) -> None:
-        if self.values["train_type"] == "state":
-            rates, rules_of_rates = rules.STATE_TUNING_RATES, (_("state tuning"), _("state tuning"))
-        else:
-            rates, rules_of_rates = rules.learning_rates(self.values["n_embd"]), ("0.45/n_embd", "0.04/n_embd")
-        for leaf, rate, rule in zip(("lr_init", "lr_final"), rates, rules_of_rates, strict=True):
-            if self.values["train_type"] == "state" and self.values[leaf] is None:
-                self.notes.append(
-                    _("state tuning learns fast: {leaf} is {rate} when it is not given", leaf=leaf, rate=rate)
+    def fine_tuning(self) -> None:
+        """What each method of fine-tuning needs."""
+        peft, quant = self.values["peft"], self.values["quant"]
+        if quant != "none" and peft == "none":
+            raise UserError(
+                _(
+                    "quant {quant} keeps matrices that do not train in fewer bits, but with peft none all of them "
+                    "train: add --peft lora (or state, dora, pissa, miss)",
+                    quant=quant,
                 )
+            )
+        if peft in ("none", "state"):
+            for leaf in ("adapter_load", "train_parts"):
+                if self.values[leaf]:
+                    raise UserError(
+                        _("{leaf} belongs to an adapter: add --peft lora (or dora, pissa, miss)", leaf=leaf)
+                    )
+
+    def optimiser(self) -> None:
+        peft = self.values["peft"]
+        if peft == "none":
+            rates, rules_of_rates = rules.learning_rates(self.values["n_embd"]), ("0.45/n_embd", "0.04/n_embd")
+            eps, rule_of_eps = rules.adam_eps(self.values["version"]), str(self.values["version"])
+        else:
+            rates = rules.STATE_TUNING_RATES if peft == "state" else rules.ADAPTER_RATES
+            rules_of_rates = (f"peft {peft}", f"peft {peft}")
+            eps, rule_of_eps = rules.FINE_TUNING_EPS, f"peft {peft}"
+        for leaf, rate, rule in zip(("lr_init", "lr_final"), rates, rules_of_rates, strict=True):
+            if peft != "none" and self.values[leaf] is None:
+                self.notes.append(_("{leaf} is {rate}, the custom of {peft} tuning", leaf=leaf, rate=rate, peft=peft))
             self.fill_open(leaf, rate, Origin("rule", rule))
-        self.fill_open("adam_eps", rules.adam_eps(self.values["version"]), Origin("rule", str(self.values["version"])))
+        self.fill_open("adam_eps", eps, Origin("rule", rule_of_eps))
         self.fill_open("warmup_steps", rules.WARMUP_STEPS, Origin("rule", _("as the published scripts")), open_value=-1)
         name = "{vocab_size} ctx{ctx_len} L{n_layer} D{n_embd}".format_map(self.values)
         self.fill_open("run_name", name, Origin("rule", "vocab_size ctx_len n_layer n_embd"), open_value="")
@@ -240,14 +264,15 @@ class _Resolver:
         values = self.values
         batch = values["micro_bsz"] * values["accumulate_grad_batches"] * values["devices"] * values["num_nodes"]
         if values["epoch_steps"] is None:
-            self.fill("epoch_steps", rules.epoch_steps(batch), Origin("rule", f"{rules.MINI_EPOCH} / {batch}"))
+            self._mini_epoch(batch, data_facts)
         tokens_per_epoch = values["epoch_steps"] * batch * values["ctx_len"]
         unlimited = values["epoch_count"] in (None, rules.UNLIMITED_EPOCHS)
         if values["my_exit_tokens"] is None and not unlimited:
             tokens = values["epoch_count"] * tokens_per_epoch
             self.fill("my_exit_tokens", tokens, Origin("rule", "epoch_count x epoch_steps x ctx_len"))
         elif values["my_exit_tokens"] is None and data_facts is not None:
-            self.fill("my_exit_tokens", data_facts["exit_tokens"], Origin("data", str(data_facts["file"])))
+            tokens = values["epochs"] * data_facts["exit_tokens"]
+            self.fill("my_exit_tokens", tokens, Origin("data", str(data_facts["file"])))
         if not unlimited and not values["my_exit_tokens"]:
             return
         tokens = values["my_exit_tokens"] or (data_facts or {}).get("exit_tokens", 0)
@@ -262,3 +287,11 @@ class _Resolver:
             )
         if tokens and epochs != values["epoch_count"]:
             self.fill("epoch_count", epochs, Origin("rule", "my_exit_tokens / (epoch_steps x ctx_len)"))
+
+    def _mini_epoch(self, batch: int, data_facts: Mapping[str, Any] | None) -> None:
+        """Of documents, one pass over them; else the reference's number of samples."""
+        if data_facts is None or data_facts["sampler"] not in DOCUMENT_SAMPLERS:
+            self.fill("epoch_steps", rules.epoch_steps(batch), Origin("rule", f"{rules.MINI_EPOCH} / {batch}"))
+            return
+        steps = -(-data_facts["samples"] // batch)
+        self.fill("epoch_steps", steps, Origin("rule", _("one pass: {samples} samples", samples=data_facts["samples"])))

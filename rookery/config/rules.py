@@ -14,6 +14,15 @@ WARMUP_STEPS = 10
 STATE_TUNING_RATES = 1.0, 0.01
 """First and last learning rate of RWKV-PEFT's published script for state tuning."""
 
+STATE_TUNING_CTX_LEN = 512
+"""Tokens of a sample in state tuning: what a state can hold is learnt from short texts."""
+
+ADAPTER_RATES = 5e-5, 5e-5
+"""First and last learning rate of the training page of RWKV Runner."""
+
+FINE_TUNING_EPS = 1e-8
+"""AdamW's epsilon in RWKV-PEFT and RWKV Runner."""
+
 UNLIMITED_EPOCHS = 999999
 """The `epoch_count` by which the published scripts say "until my_exit_tokens"."""
 

@@ -89,19 +89,38 @@ class DataSection(Section):
     ctx_len: int = Field(1024, ge=1, description="Tokens of one sample")
     my_exit_tokens: int | None = Field(None, description="Tokens to train on; all of the data, once, when not given")
     magic_prime: int | None = Field(None, ge=0, description="Prime of the sampler; computed when not given")
-    loss_mask: Literal["none", "pad", "qa", "se", "answer"] = Field(
-        "none",
+    data_format: Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt"] = Field(
+        "auto", description="What the rows of a .jsonl or .json file are; auto detects it"
+    )
+    template: Literal["world", "g1"] = Field(
+        "world", description="How conversations become text: world, or g1 with thoughts and tool calls"
+    )
+    sft_field: list[str] | None = Field(
+        None, description="Names of the two fields of a row that hold prompt and completion, when they are other ones"
+    )
+    sft_split: str = Field("train", description="Rows to use, such as train[:1000]; train = all")
+    loss_mask: Literal["auto", "none", "pad", "qa", "se", "answer"] = Field(
+        "auto",
         description="Which targets count: none or pad = all, answer = what the assistant says, qa = the same with its "
-        "mark (RWKV-PEFT), se = between mask_id marks",
+        "mark (RWKV-PEFT), se = between mask_id marks; auto = answer for conversations, none for other data",
     )
     mask_id: dict[str, str] | None = Field(
         None, description="Marks of loss_mask se: mask0 ends, mask1 begins a trained span"
     )
-    dataload: Literal["get", "pad"] = Field(
-        "get", description="get = windows of the whole token stream; pad = one document a sample, padded or cut"
+    dataload: Literal["auto", "get", "pad", "only", "pack"] = Field(
+        "auto",
+        description="get = windows of the whole token stream; pad = one document a sample, padded or cut; only = the "
+        "same without padding, one at a time; pack = several whole documents a sample, each with a state of its own; "
+        "auto = pack for conversations, get for other data",
+    )
+    epochs: int = Field(
+        1, ge=1, description="Passes over the data, when neither my_exit_tokens nor epoch_count says the length"
     )
     data_shuffle: int = Field(
-        1, ge=0, le=1, description="Order of dataload pad: 1 = shuffled in each pass, 0 = that of the file"
+        1, ge=0, le=1, description="Order of documents (pad, only, pack): 1 = shuffled in each pass, 0 = as in the file"
+    )
+    mix: list[str] = Field(
+        [], description="Other data to replay against forgetting, each PREFIX:SHARE, such as pile:0.1"
     )
     my_sample_len: int = Field(0, ge=0, description="Tokens of a row of uint16 data; 0 = one stream without rows")
     my_pile_version: Literal[1, 2] = Field(
@@ -115,7 +134,13 @@ class DataSection(Section):
     )
     qa_mix_file: str = Field("", description="binidx data that my_qa_mask mixes in (the Pile, in the reference)")
     val_file: str = Field("", description="Data for the validation loss, in any format of data_file")
+    val_split: float = Field(
+        0.0, ge=0, lt=1, description="Part of the documents held out for the validation loss, when there is no val_file"
+    )
     val_every: int = Field(0, ge=0, description="Optimiser steps between validations; 0 = at the end of a mini-epoch")
+    early_stop: int = Field(
+        0, ge=0, description="Validations without a better loss after which the run ends; 0 = it never does"
+    )
     num_workers: int = Field(0, ge=0, description="Processes that read data; 0 reads in the training process")
 
 
@@ -142,6 +167,41 @@ class OptimSection(Section):
     )
 
 
+class AdapterSection(Section):
+    """Fine-tuning: what is trained beside a model that stays as it is."""
+
+    peft: Literal["none", "state", "lora", "dora", "pissa", "miss"] = Field(
+        "none",
+        description="none = all weights train; state = the initial state of each block, blocks.N.att.time_state; "
+        "lora, dora, pissa, miss = an adapter",
+    )
+    adapter_load: str = Field("", description="Adapter file or its run directory to go on from")
+    lora_r: int = Field(64, ge=1, description="Rank of the adapter")
+    lora_alpha: float = Field(192.0, gt=0, description="Strength of lora and dora: their output counts alpha / r times")
+    lora_dropout: float = Field(0.01, ge=0, lt=1, description="Part of the input dropped before lora and dora")
+    rslora: bool = Field(False, description="Strength alpha / sqrt(r) in place of alpha / r (rsLoRA)")
+    lora_plus_ratio: float = Field(
+        1.0, gt=0, description="Learning rate of lora_B over that of lora_A (LoRA+: 16); 1 = the same"
+    )
+    target_modules: list[str] | None = Field(
+        None, description="Matrices that get an adapter, such as att.key ffn.value; all large ones when not given"
+    )
+    train_parts: list[str] = Field(
+        [], description="Base parameters that train as well: time, ln, emb, head; they are kept in the adapter file"
+    )
+    miss_mode: Literal["bone", "bat"] = Field("bone", description="Form of miss: bone, or bat with block products")
+    pissa_init: str = Field(
+        "", description="init_pissa.pth of an adapter_load file of RWKV-PEFT or RWKV Runner, which does not hold it"
+    )
+    svd_niter: int = Field(4, ge=0, description="Iterations of the fast SVD that pissa begins with")
+    quant: Literal["none", "int8", "nf4"] = Field(
+        "none", description="How the frozen matrices are kept: as they are, or in 8 or 4 bits"
+    )
+    merge: int = Field(
+        0, ge=0, le=1, description="1 = beside each adapter file, also write rwkv-N.pth with the adapter merged in"
+    )
+
+
 class RunSection(Section):
     """Length, files and numerics of the run."""
 
@@ -152,10 +212,17 @@ class RunSection(Section):
         "2, 3, 4 = train, going on from the newest rwkv-N.pth; "
         "2 = time mixing learns faster (x052, x060), 4 = windows at random places",
     )
-    train_type: Literal["full", "state"] = Field(
-        "full", description="full = all weights; state = only the initial state of each block, blocks.N.att.time_state"
+    train_type: Literal["normal", "infctx"] = Field(
+        "normal", description="infctx = a sample is read in chunks of chunk_ctx tokens, the state passing between them"
     )
-    micro_bsz: int = Field(12, ge=1, description="Sequences of one forward pass on one device")
+    chunk_ctx: int = Field(512, ge=1, description="Tokens of a chunk with train_type infctx")
+    infctx_grad: Literal["truncated", "full"] = Field(
+        "truncated",
+        description="Gradients between chunks: truncated = none; full = as without chunks, reading each one twice",
+    )
+    micro_bsz: int = Field(
+        12, ge=0, description="Sequences of one forward pass on one device; 0 (auto) = as many as fit into memory"
+    )
     accumulate_grad_batches: int = Field(1, ge=1, description="Forward passes for one optimiser step")
     epoch_steps: int | None = Field(
         None, ge=1, description="Optimiser steps of a mini-epoch; 40320 samples when not given"
@@ -206,6 +273,7 @@ class TrainConfig(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     optim: OptimSection = Field(default_factory=OptimSection)
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
     run: RunSection = Field(default_factory=RunSection)
     device: DeviceSection = Field(default_factory=DeviceSection)
     log: LogSection = Field(default_factory=LogSection)
@@ -253,7 +321,7 @@ def choices(leaf: str) -> tuple[Any, ...]:
 
 
 def value_type(leaf: str) -> type:
-    """The Python type of a value of `leaf`: int, float, bool, str or dict; that of the choices when it has choices."""
+    """The Python type of a value of `leaf`: int, float, bool, str, list or dict; with choices, that of a choice."""
     named = choices(leaf)
     if named:
         return type(named[0])

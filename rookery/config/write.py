@@ -18,6 +18,8 @@ MAY_CHANGE = frozenset(
         "proj_dir",
         "val_file",
         "val_every",
+        "early_stop",
+        "merge",
         "num_workers",
         "epoch_save",
         "my_exit",
@@ -100,6 +102,8 @@ def _literal(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_literal(key)} = {_literal(item)}" for key, item in value.items()) + "}"
     return repr(value)

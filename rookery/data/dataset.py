@@ -101,7 +101,7 @@ def _vocabulary(data_type: str, data: DataSection, vocab_size: int | None, token
 
 
 def _mask(data: DataSection, tokenizer: Tokenizer) -> Mask | None:
-    if data.loss_mask == "none":
+    if data.loss_mask in ("auto", "none"):
         return None
     # Only here, because it is the only part of reading data that needs Numba.
     from rookery.data.mask import make_mask

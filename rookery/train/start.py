@@ -56,7 +56,7 @@ def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], Non
         UserError: no file of the run directory can be read, or state tuning has no model to begin with.
     """
     load_model, stage = config.model.load_model, config.run.train_stage
-    if config.run.train_type == "state" and stage != 1:
+    if config.adapter.peft == "state" and stage != 1:
         return _find_states(config, files, report)
     if stage != 1:
         for found in _checkpoints(files, report):

@@ -41,7 +41,7 @@ def build_model(config: TrainConfig, start: Start, init_file: Path) -> Model:
             initialise(model, config.run.random_seed)
             tensors = model.state_dict() | tensors
         assign(model, tensors, str(start.file))
-    if config.run.train_type == "state":
+    if config.adapter.peft == "state":
         _train_states_only(model)
     return model.train()
 
@@ -58,6 +58,6 @@ def _train_states_only(model: Model) -> None:
 def trained_weights(engine: Engine, config: TrainConfig) -> dict[str, Tensor]:
     """What rwkv-N.pth and rwkv-final.pth hold: the whole model, or of a state-tuned one the states alone."""
     weights = engine.weights()
-    if config.run.train_type == "state":
+    if config.adapter.peft == "state":
         return {name: tensor for name, tensor in weights.items() if name.endswith(".att.time_state")}
     return weights

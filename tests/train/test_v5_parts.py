@@ -77,7 +77,7 @@ def test_state_tuning_equals_its_plain_restatement(config, tmp_path, capsys, ver
     weights = write_base(base, version)
     settings = dict.fromkeys(("n_layer", "n_embd", "lr_init", "lr_final"))
     tuning = config(
-        **SHORT, **settings, train_type="state", load_model=str(base), adam_eps=1e-8, weight_decay=0.0, grad_cp=1
+        **SHORT, **settings, peft="state", load_model=str(base), adam_eps=1e-8, weight_decay=0.0, grad_cp=1
     )
     rookery.train.run(tuning)
     said = capsys.readouterr().out
@@ -99,7 +99,7 @@ def test_state_tuning_equals_its_plain_restatement(config, tmp_path, capsys, ver
 def test_state_tuning_goes_on(config, tmp_path):
     base = tmp_path / "base.pth"
     write_base(base, "x070")
-    tuning = {**SHORT, "train_type": "state", "load_model": str(base), "n_layer": None}
+    tuning = {**SHORT, "peft": "state", "load_model": str(base), "n_layer": None}
     rookery.train.run(config(**tuning, proj_dir=str(tmp_path / "whole")))
     rookery.train.run(config(**tuning, my_exit=0))
     assert len(losses(tmp_path / "run")) == 4
@@ -118,12 +118,12 @@ def test_state_tuning_goes_on(config, tmp_path):
 
 def test_states_need_a_model_and_may_begin_with_given_ones(config, tmp_path):
     with pytest.raises(UserError, match="give --load_model"):
-        rookery.train.run(config(**SHORT, train_type="state"))
+        rookery.train.run(config(**SHORT, peft="state"))
     folder = tmp_path / "run"
     write_base(folder / "rwkv-init.pth", "x070")
     states = {f"blocks.{i}.att.time_state": torch.full((2, 16, 16), 0.5) for i in range(2)}
     write_pth(folder / "rwkv-init-state.pth", states)
-    rookery.train.run(config(**SHORT, train_type="state", lr_init=0.0, lr_final=0.0))
+    rookery.train.run(config(**SHORT, peft="state", lr_init=0.0, lr_final=0.0))
     final = read_weights(folder / "rwkv-final.pth")
     assert all(torch.equal(final[name], state) for name, state in states.items())
 
