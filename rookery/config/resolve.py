@@ -66,7 +66,8 @@ def resolve(
     With a checkpoint at `train_stage` 1, a new model is made from it, of the dimensions that are given: it may have
     more token ids, more layers or another width than the file.
 
-    Only `save_every` (None: by time) and what is not used (`mask_id`, `tiny_att_layer`, `my_exit`) may stay None.
+    Only `save_every` (None: by time), `target_modules` (None: all large matrices) and what is not used (`mask_id`,
+    `sft_field`, `tiny_att_layer`, `my_exit`) may stay None.
 
     Raises:
         UserError: settings that disagree with the checkpoint (both sides are listed) or with each other.
@@ -126,6 +127,8 @@ class _Resolver:
         origin = Origin("data", str(facts["file"]))
         self.fill_open("data_type", facts["data_type"], origin, open_value="auto")
         self.fill_open("tokenizer", facts["tokenizer"], origin, open_value="")
+        for leaf in ("data_format", "dataload", "loss_mask"):
+            self.fill_open(leaf, facts.get(leaf, "auto"), origin, open_value="auto")
         if not self.values["magic_prime"]:
             self.fill("magic_prime", facts["prime"], origin)
         if not self.values["vocab_size"]:

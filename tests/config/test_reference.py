@@ -28,10 +28,12 @@ def test_every_flag_of_the_reference_trainers_has_its_answer(name: str) -> None:
 def test_an_entry_makes_sense(name: str) -> None:
     flag = LEGACY[name]
     assert name in ALL_FLAGS, "an entry belongs to a trainer"
-    assert flag.leaf in SECTION_OF or (flag.leaf == "" and flag.answer), "a leaf, or an answer"
+    leaves = {flag.leaf, *flag.keys.values(), *(leaf for leaf, _value in flag.elsewhere.values())} - {""}
+    assert leaves <= SECTION_OF.keys()
+    assert leaves or flag.answer, "a leaf, or an answer"
     assert not (flag.refused and flag.leaf)
     assert [value for value in flag.silent if value != value.lower()] == []
-    for spelling in flag.values:
+    for spelling in (*flag.values, *flag.elsewhere):
         parse([f"--{name}={spelling}"])
     for value in flag.silent:
         assert parse([f"--{name}={value}"]).notes == []

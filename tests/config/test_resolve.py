@@ -28,7 +28,11 @@ DATA = {
     "vocab_size": 65536,
     "exit_tokens": 1498226207,
     "prime": 2926181,
+    "sampler": "cubic",
+    "samples": 2926181,
 }
+ROWS = DATA | {"file": "chat.jsonl", "prime": 0, "exit_tokens": 100 * 512, "sampler": "documents", "samples": 100}
+
 GPU = {"accelerator": "cuda", "name": "NVIDIA A100", "bf16": True}
 
 
@@ -37,7 +41,7 @@ def test_everything_is_concrete_and_has_an_origin() -> None:
         parse(["--ctx_len", "512", "--micro_bsz", "16"]).config, data_facts=DATA, device_facts=GPU
     )
     open_leaves = {leaf for leaf in SECTION_OF if get(config, leaf) is None}
-    assert open_leaves == {"save_every", "mask_id", "tiny_att_layer", "my_exit"}
+    assert open_leaves == {"save_every", "mask_id", "sft_field", "target_modules", "tiny_att_layer", "my_exit"}
     assert origins.keys() == SECTION_OF.keys()
     assert (config.model.version, config.model.n_layer, config.model.n_embd) == ("x070", 6, 512)
     assert (config.run.precision, config.device.accelerator, config.device.strategy) == ("bf16", "cuda", "single")
@@ -126,11 +130,27 @@ def test_what_cannot_be_had_is_said_and_replaced() -> None:
         (["--n_embd", "96"], "time mixing is 96 wide, which is not a multiple of head_size 64"),
         (["--n_embd", "128", "--dim_att", "64"], "in x070 dim_att is n_embd"),
         (["--micro_bsz", "11"], "make it 10 or 12"),
+        (["--quant", "nf4"], "add --peft lora"),
+        (["--peft", "state", "--adapter_load", "a.safetensors"], "adapter_load belongs to an adapter"),
+        (["--train_parts", "ln"], "train_parts belongs to an adapter"),
     ],
 )
 def test_settings_that_contradict_each_other(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve(parse(flags).config)
+
+
+@pytest.mark.parametrize(("peft", "rates"), [("state", (1.0, 0.01)), ("lora", (5e-5, 5e-5)), ("miss", (5e-5, 5e-5))])
+def test_fine_tuning_has_rates_of_its_own_and_says_so(peft: str, rates: tuple[float, float]) -> None:
+    config, _, notes = resolve(parse(["--peft", peft]).config, model_facts=MODEL)
+    assert (config.optim.lr_init, config.optim.lr_final, config.optim.warmup_steps) == (*rates, 10)
+    assert [note.split(" is ")[0] for note in notes] == ["lr_init", "lr_final"]
+    assert resolve(parse(["--peft", peft, "--lr_init", "0.5", "--lr_final", "0.5"]).config).notes == []
+
+
+def test_a_mini_epoch_of_documents_is_one_pass() -> None:
+    config = resolve(parse(["--micro_bsz", "8", "--epochs", "3", "--ctx_len", "512"]).config, data_facts=ROWS).config
+    assert (config.run.epoch_steps, config.data.my_exit_tokens, config.run.epoch_count) == (13, 3 * 100 * 512, 3)
 
 
 def test_several_devices_share_by_ddp_unless_told() -> None:
