@@ -1,4 +1,4 @@
-"""Reading and writing weight files: .pth, .safetensors, .st (Ai00) and run directories.
+"""Reading weight files: .pth, .safetensors, .st (Ai00) and run directories.
 
 Whatever wrote the file, `read_weights` returns tensors under RWKV-LM's names, in its axis order, each [1, 1, C] vector
 unsqueezed. Nothing in a file is executed.
@@ -6,7 +6,6 @@ unsqueezed. Nothing in a file is executed.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import zipfile
@@ -18,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rookery.errors import UserError
+from rookery.formats.stream import SAFETENSORS
 from rookery.i18n import _
 
-SAFETENSORS = (".safetensors", ".st")
 PREFIXES = ("_forward_module.", "module.", "model.")
 """What DeepSpeed, DDP and RWKV-PEFT put before a name."""
 
@@ -61,23 +60,6 @@ def weight_file(path: str | Path) -> Path:
     if initial.exists():
         return initial
     raise UserError(_("{path} is a directory without rwkv-final.pth, rwkv-N.pth or rwkv-init.pth", path=path))
-
-
-def write_pth(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a flat name -> tensor .pth. It appears whole or not at all."""
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "wb") as file:
-            # A view would drag the whole storage behind it into the file.
-            torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(_("cannot write {path}: {error}", path=path, error=error)) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def normalise(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
