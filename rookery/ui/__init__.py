@@ -1,0 +1,1 @@
+"""The web console: it starts runs as processes of their own and reads their directories. Never imports torch."""
