@@ -109,10 +109,15 @@ class Dataset:
         window[len(tokens) : len(tokens) + len(rest)] = rest
         return window, min(size, len(window))
 
-    def batch(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Samples stacked: x and y, both int64 (samples, ctx_len)."""
+    def batch(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Samples stacked.
+
+        Returns:
+            x, y: int64 (samples, ctx_len).
+            lengths: of the sequences in the flattened x, int64, adding up to its size; None: each row is one.
+        """
         samples = [self.sample(index) for index in indices]
-        return np.stack([x for x, _y in samples]), np.stack([y for _x, y in samples])
+        return np.stack([x for x, _y in samples]), np.stack([y for _x, y in samples]), None
 
     def save_vocabulary(self, directory: str | Path) -> None:
         """Keep the tokenizer in a run directory, for whoever reads its weights."""

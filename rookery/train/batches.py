@@ -14,11 +14,16 @@ from torch.utils.data import DataLoader
 from rookery.train.loop import Batch
 
 
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+"""Tokens, targets and lengths of a batch."""
+
+
 class Samples(Protocol):
     """What the training reads: samples by number (0, 1, 2 … over the whole training and all devices)."""
 
-    def batch(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets, each (samples, ctx_len) int64; -100 = not trained."""
+    def batch(self, indices: Iterable[int]) -> Arrays:
+        """Tokens and targets, each (samples, ctx_len) int64, -100 = not trained; and the lengths of packed sequences,
+        int64, or None."""
 
 
 def batches(
@@ -39,7 +44,7 @@ def batches(
         num_workers: processes that read ahead; 0 = read here when a batch is wanted.
     """
     groups = _groups(count(first_sample + rank, world_size), micro_bsz)
-    read: Iterator[tuple[np.ndarray, np.ndarray]]
+    read: Iterator[Arrays]
     if num_workers:
         loader: Any = DataLoader  # its types know only data sets with a length
         read = iter(
@@ -56,7 +61,7 @@ def batches(
         )
     else:
         read = map(open_samples().batch, groups)
-    for first, (tokens, targets) in zip(count(first_sample, micro_bsz * world_size), read, strict=False):
+    for first, (tokens, targets, _lengths) in zip(count(first_sample, micro_bsz * world_size), read, strict=False):
         yield to_device(tokens, targets, first, device)
 
 
@@ -81,13 +86,13 @@ class _Reader:
         self._open = open_samples
         self._samples: Samples | None = None
 
-    def __getitems__(self, indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def __getitems__(self, indices: list[int]) -> Arrays:
         if self._samples is None:
             self._samples = self._open()
         return self._samples.batch(indices)
 
 
-def _unchanged(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _unchanged(batch: Arrays) -> Arrays:
     return batch
 
 

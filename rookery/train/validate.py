@@ -39,4 +39,5 @@ class Validation:
         samples = self._dataset.facts.samples
         for first in range(0, samples, self._batch_size):
             numbers = range(first, min(first + self._batch_size, samples))
-            yield to_device(*self._dataset.batch(numbers), first, self._device)
+            tokens, targets, _lengths = self._dataset.batch(numbers)
+            yield to_device(tokens, targets, first, self._device)

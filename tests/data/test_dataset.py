@@ -36,7 +36,8 @@ def test_samples_are_those_of_the_reference_order(tmp_path: Path) -> None:
         assert x.dtype == y.dtype == np.int64
         assert x.tolist() == tokens[offset : offset + 16].tolist()
         assert y.tolist() == tokens[offset + 1 : offset + 17].tolist()
-    x, y = dataset.batch([3, 700])
+    x, y, lengths = dataset.batch([3, 700])
+    assert lengths is None
     assert x.shape == y.shape == (2, 16)
     assert np.array_equal(x[1], dataset.sample(700)[0])
 
