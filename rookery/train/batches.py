@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from rookery.train.loop import Batch
 
-
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 """Tokens, targets and lengths of a batch."""
 
