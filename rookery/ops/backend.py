@@ -44,12 +44,14 @@ class Call:
 class Backend:
     """One implementation of an op.
 
-    `refuses(call)` gives the reason why it cannot serve the call, or None; `run` takes the op's tensors.
+    `refuses(call)` gives the reason why it cannot serve the call, or None; `run` takes the op's tensors, and, if it
+    `packs`, after them where the sequences lie in a row of tokens.
     """
 
     name: str
     refuses: Callable[[Call], str | None]
     run: Callable[..., Any]
+    packs: bool = False
 
 
 def never_refuses(call: Call) -> None:

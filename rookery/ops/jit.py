@@ -8,6 +8,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from numba.core.compiler import Compiler
@@ -40,17 +41,17 @@ outer = njit(fastmath=FAST, cache=True, nogil=True)
 """Decorator of a function `f(first, last, ...)` that does the pieces of work first..last-1 for `share_out`."""
 
 
-def share_out(function: Callable[..., None], pieces: int, *args: Any) -> None:
-    """Call `function(first, last, *args)` over `range(pieces)`, shared among as many threads as PyTorch uses.
+def share_out(function: Callable[..., None], work: int | np.ndarray, *args: Any) -> None:
+    """Call `function(first, last, *args)` over all pieces of work, shared among as many threads as PyTorch uses.
 
-    Plain threads rather than Numba's: its OpenMP pool is another one than PyTorch's, and each spins on the processor
-    while the other works.
+    `work` is the number of equal pieces, or how much work each of them is. Plain threads rather than Numba's: its OpenMP pool is
+    another one than PyTorch's, and each spins on the processor while the other works.
     """
-    threads = min(torch.get_num_threads(), pieces)
-    bounds = [pieces * i // threads for i in range(threads + 1)] if threads else [0]
+    done = np.arange(1, work + 1) if isinstance(work, int) else work.cumsum()
+    threads = min(torch.get_num_threads(), len(done))
+    bounds = done.searchsorted([done[-1] * i // threads for i in range(threads + 1)], "right").tolist()
     futures = [_pool(threads - 1).submit(function, first, last, *args) for first, last in pairwise(bounds[1:])]
-    if threads:
-        function(0, bounds[1], *args)
+    function(0, bounds[1], *args)
     for future in futures:
         future.result()
 

@@ -1,7 +1,7 @@
 """Loops of `mix7`, compiled by Numba: the recurrence of `wkv7_numba` with the steps of its head around it.
 
-Arrays are C-contiguous fp32 and (B, T, H, N), but `parameters` (H, 5, N) and the states (B, H, N, N), [key, value]. A
-piece of work is one head of one sequence.
+Arrays are C-contiguous fp32 and (T, H, N), but `parameters` (H, 5, N) and the states (B, H, N, N), [key, value].
+Sequences, chunks and pieces of work are those of `wkv7_numba`.
 """
 
 from __future__ import annotations
@@ -111,21 +111,22 @@ def gather(slope, decay, ddecay, dr_state, dkey_state, dv_state, dw, dr, dkey, d
 
 
 @outer
-def forward(first, last, size, r, d, k, v, a, g, parameters, S, y, u, starts, out, eps64):
-    T, H, N = r.shape[1], r.shape[2], len(size)
+def forward(first, last, size, bounds, chunks, r, d, k, v, a, g, parameters, S, y, u, starts, out, eps64):
+    H, N = r.shape[1], len(size)
     eps = np.float32(eps64)
     local = np.empty((3, N), np.float32)
     removal, key, b = local[0], local[1], local[2]
     for piece in range(first, last):
         i, h = piece // H, piece % H
         p = parameters[h]
-        for t in range(T):
-            if starts.shape[2] and t % CHUNK == 0:
-                starts[i, h, t // CHUNK] = S[i, h]
-            prepare(k[i, t, h], a[i, t, h], p, removal, key, b, size)
-            weighted_rows(S[i, h], removal, u[i, t, h], size)
-            step(S[i, h], r[i, t, h], d[i, t, h], key, v[i, t, h], b, u[i, t, h], y[i, t, h], size)
-            finish(y[i, t, h], r[i, t, h], key, v[i, t, h], g[i, t, h], p, eps, out[i, t, h], size)
+        for t in range(bounds[i], bounds[i + 1]):
+            n = t - bounds[i]
+            if starts.shape[0] and n % CHUNK == 0:
+                starts[chunks[i] + n // CHUNK, h] = S[i, h]
+            prepare(k[t, h], a[t, h], p, removal, key, b, size)
+            weighted_rows(S[i, h], removal, u[t, h], size)
+            step(S[i, h], r[t, h], d[t, h], key, v[t, h], b, u[t, h], y[t, h], size)
+            finish(y[t, h], r[t, h], key, v[t, h], g[t, h], p, eps, out[t, h], size)
 
 
 @outer
@@ -133,6 +134,8 @@ def backward(
     first,
     last,
     size,
+    bounds,
+    chunks,
     r,
     d,
     k,
@@ -155,7 +158,7 @@ def backward(
     dparameters,
     eps64,
 ):
-    T, H, N = r.shape[1], r.shape[2], len(size)
+    H, N = r.shape[1], len(size)
     eps = np.float32(eps64)
     states = np.empty((CHUNK + 1, N, N), np.float32)
     prepared = np.empty((CHUNK, 3, N), np.float32)
@@ -166,30 +169,29 @@ def backward(
     for piece in range(first, last):
         i, h = piece // H, piece % H
         p, dp = parameters[h], dparameters[i, h]
-        for c in range(starts.shape[2] - 1, -1, -1):
-            begin, end = c * CHUNK, min((c + 1) * CHUNK, T)
-            states[0] = starts[i, h, c]
+        for c in range(chunks[i + 1] - 1, chunks[i] - 1, -1):
+            begin = bounds[i] + (c - chunks[i]) * CHUNK
+            end = min(begin + CHUNK, bounds[i + 1])
+            states[0] = starts[c, h]
             for t in range(begin, end):
                 n = t - begin
                 removal, key, b = prepared[n, 0], prepared[n, 1], prepared[n, 2]
-                inverses[n] = prepare(k[i, t, h], a[i, t, h], p, removal, key, b, size)
-                replay(states[n], d[i, t, h], key, v[i, t, h], b, u[i, t, h], states[n + 1], size)
+                inverses[n] = prepare(k[t, h], a[t, h], p, removal, key, b, size)
+                replay(states[n], d[t, h], key, v[t, h], b, u[t, h], states[n + 1], size)
             for t in range(end - 1, begin - 1, -1):
                 n = t - begin
                 removal, key, b = prepared[n, 0], prepared[n, 1], prepared[n, 2]
                 finish_back(
-                    dout[i, t, h], y[i, t, h], r[i, t, h], key, v[i, t, h], g[i, t, h], p, eps,
-                    dy, dr[i, t, h], dkey, dv[i, t, h], dg[i, t, h], dp, size,
+                    dout[t, h], y[t, h], r[t, h], key, v[t, h], g[t, h], p, eps,
+                    dy, dr[t, h], dkey, dv[t, h], dg[t, h], dp, size,
                 )  # fmt: skip
                 step_back(
                     states[n], states[n + 1], G[i, h],
-                    r[i, t, h], d[i, t, h], key, v[i, t, h], removal, b, u[i, t, h], dy,
+                    r[t, h], d[t, h], key, v[t, h], removal, b, u[t, h], dy,
                     du, dr_state, dd, dkey_state, dv_state, dremoval, db, size,
                 )  # fmt: skip
                 gather(
-                    slope[i, t, h], d[i, t, h], dd, dr_state, dkey_state, dv_state,
-                    dw[i, t, h], dr[i, t, h], dkey, dv[i, t, h], size,
+                    slope[t, h], d[t, h], dd, dr_state, dkey_state, dv_state,
+                    dw[t, h], dr[t, h], dkey, dv[t, h], size,
                 )  # fmt: skip
-                prepare_back(
-                    k[i, t, h], a[i, t, h], p, inverses[n], dremoval, dkey, db, dk[i, t, h], da[i, t, h], dp, size
-                )
+                prepare_back(k[t, h], a[t, h], p, inverses[n], dremoval, dkey, db, dk[t, h], da[t, h], dp, size)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rookery.ops.backend import Call
+from rookery.ops.packed import Packing
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -29,6 +31,30 @@ def refuses(call: Call) -> str | None:
     if call.head_size % 4:
         return f"head size {call.head_size} is not a multiple of 4"
     return None
+
+
+def bounds_of(x: Tensor, packing: Packing | None) -> np.ndarray:
+    """Sequence i of `x` (B, T, ...) is made of the tokens bounds[i] to bounds[i + 1] - 1 of all rows."""
+    if packing is not None:
+        return packing.bounds.numpy()
+    B, T = x.shape[:2]
+    return np.arange(B + 1, dtype=np.int64) * T
+
+
+def chunks_of(bounds: np.ndarray, size: int) -> np.ndarray:
+    """The sequences cut into chunks of at most `size` tokens: chunks[i] to chunks[i + 1] - 1 are those of sequence i."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-np.diff(bounds) // size))])
+
+
+def work_of(bounds: np.ndarray, heads: int) -> np.ndarray:
+    """Tokens of each piece of work, a piece being one head of one sequence."""
+    return np.diff(bounds).repeat(heads)
+
+
+def tracked(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """`tensors` for an autograd function, which is told of a parameter that it needs a gradient even where no gradients
+    are recorded, and would keep what only they need."""
+    return tensors if torch.is_grad_enabled() else tuple(tensor.detach() for tensor in tensors)
 
 
 def transposed(states: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rookery.ops.native import numba_installed
+from rookery.ops.native import bounds_of, numba_installed
+from rookery.ops.packed import Packing, previous
 
 
 def native(*tensors: Tensor) -> bool:
@@ -20,17 +22,18 @@ def native(*tensors: Tensor) -> bool:
     )
 
 
-def token_shift(x: Tensor, before: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
+def token_shift(x: Tensor, before: Tensor, *mixes: Tensor, packing: Packing | None = None) -> tuple[Tensor, ...]:
     """For each mix m: x_t + m * (x_{t-1} - x_t).
 
     Args:
         x: (B, T, C).
         before: (B, C), what came before the first token.
         mixes: each with C elements.
+        packing: the S sequences in the one row of `x`; `before` is then (S, C).
     """
     if native(x, before, *mixes):
-        return _TokenShift.apply(x, before, *mixes)
-    difference = torch.cat([before[:, None], x[:, :-1]], dim=1) - x
+        return _TokenShift.apply(x, before, bounds_of(x, packing), *mixes)
+    difference = previous(x, before, packing) - x
     return tuple(torch.addcmul(x, difference, mix) for mix in mixes)
 
 
@@ -43,16 +46,17 @@ def relu_square(x: Tensor) -> Tensor:
 
 class _TokenShift(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, before: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, before: Tensor, bounds: np.ndarray, *mixes: Tensor) -> tuple[Tensor, ...]:
         from rookery.ops import pointwise_numba
         from rookery.ops.jit import share_out
 
         x, before = x.contiguous(), before.contiguous()
         stacked = torch.stack([mix.reshape(-1) for mix in mixes])
         out = x.new_empty(len(mixes), *x.shape)
-        share_out(pointwise_numba.token_shift, len(x), x.numpy(), before.numpy(), stacked.numpy(), out.numpy())
+        arrays = (x.flatten(0, 1).numpy(), before.numpy(), stacked.numpy(), out.flatten(1, 2).numpy())
+        share_out(pointwise_numba.token_shift, len(before), bounds, *arrays)
         ctx.save_for_backward(x, before, stacked)
-        ctx.mix_shape = mixes[0].shape
+        ctx.bounds, ctx.mix_shape = bounds, mixes[0].shape
         return out.unbind()
 
     @staticmethod
@@ -62,10 +66,14 @@ class _TokenShift(torch.autograd.Function):
 
         x, before, mixes = ctx.saved_tensors
         dx, dbefore = torch.empty_like(x), torch.empty_like(before)
-        dmixes = x.new_zeros(len(x), *mixes.shape)
-        arrays = (tuple(grad.contiguous().numpy() for grad in grads), dx.numpy(), dbefore.numpy(), dmixes.numpy())
-        share_out(pointwise_numba.token_shift_back, len(x), x.numpy(), before.numpy(), mixes.numpy(), *arrays)
-        return dx, dbefore, *(grad.view(ctx.mix_shape) for grad in dmixes.sum(dim=0))
+        dmixes = x.new_zeros(len(before), *mixes.shape)
+        share_out(
+            pointwise_numba.token_shift_back, len(before), ctx.bounds,
+            x.flatten(0, 1).numpy(), before.numpy(), mixes.numpy(),
+            tuple(grad.flatten(0, 1).contiguous().numpy() for grad in grads),
+            dx.flatten(0, 1).numpy(), dbefore.numpy(), dmixes.numpy(),
+        )  # fmt: skip
+        return dx, dbefore, None, *(grad.view(ctx.mix_shape) for grad in dmixes.sum(dim=0))
 
 
 class _ReluSquare(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Loops of `pointwise`, compiled by Numba.
 
-Arrays are C-contiguous fp32. A piece of work is a sequence, or PIECE numbers.
+Arrays are C-contiguous fp32. A piece of work is one of B sequences, sequence i being the tokens bounds[i] to
+bounds[i + 1] - 1 of T, or PIECE numbers.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ def _lerp_back(grad, x, previous, mix, dx, dprevious, dmix):
 
 
 @outer
-def token_shift(first, last, x, before, mixes, out):
-    """x (B, T, C), before (B, C), mixes (M, C) -> out (M, B, T, C)."""
+def token_shift(first, last, bounds, x, before, mixes, out):
+    """x (T, C), before (B, C), mixes (M, C) -> out (M, T, C)."""
     for i in range(first, last):
-        for t in range(x.shape[1]):
-            previous = x[i, t - 1] if t else before[i]
+        for t in range(bounds[i], bounds[i + 1]):
+            previous = x[t - 1] if t > bounds[i] else before[i]
             for m in range(mixes.shape[0]):
-                _lerp(x[i, t], previous, mixes[m], out[m, i, t])
+                _lerp(x[t], previous, mixes[m], out[m, t])
 
 
 @outer
-def token_shift_back(first, last, x, before, mixes, grads, dx, dbefore, dmixes):
-    """grads: M arrays (B, T, C) -> dx, dbefore, and dmixes (B, M, C), which must come in as zeros."""
+def token_shift_back(first, last, bounds, x, before, mixes, grads, dx, dbefore, dmixes):
+    """grads: M arrays (T, C) -> dx, dbefore, and dmixes (B, M, C), which must come in as zeros."""
     for i in range(first, last):
-        dx[i] = 0
+        dx[bounds[i] : bounds[i + 1]] = 0
         dbefore[i] = 0
-        for t in range(x.shape[1]):
+        for t in range(bounds[i], bounds[i + 1]):
             for m in range(mixes.shape[0]):
-                if t:
-                    _lerp_back(grads[m][i, t], x[i, t], x[i, t - 1], mixes[m], dx[i, t], dx[i, t - 1], dmixes[i, m])
+                if t > bounds[i]:
+                    _lerp_back(grads[m][t], x[t], x[t - 1], mixes[m], dx[t], dx[t - 1], dmixes[i, m])
                 else:
-                    _lerp_back(grads[m][i, 0], x[i, 0], before[i], mixes[m], dx[i, 0], dbefore[i], dmixes[i, m])
+                    _lerp_back(grads[m][t], x[t], before[i], mixes[m], dx[t], dbefore[i], dmixes[i, m])
 
 
 @inner

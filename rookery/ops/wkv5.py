@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rookery.ops.packed import Packing
 from rookery.ops.wkv6 import wkv6
 
 
 def wkv5(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None, *, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None, *, backend: str = "auto",
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run the recurrence over a sequence.
 
     Args:
@@ -20,4 +22,4 @@ def wkv5(
 
     The other arguments, the results and the errors are those of `wkv6`.
     """
-    return wkv6(r, w[None, None], k, v, u, state, backend=backend)
+    return wkv6(r, w[None, None], k, v, u, state, backend=backend, packing=packing)

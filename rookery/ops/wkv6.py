@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rookery.ops import native, wkv6_native, wkv6_triton
 from rookery.ops.backend import Backend, Call, Op, exact_dtype, never_refuses
+from rookery.ops.packed import KEEP, Packing
 
 CHUNK = 32
 
@@ -32,6 +33,7 @@ def wkv6(
     state: Tensor | None = None,
     *,
     backend: str = "auto",
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a sequence.
 
@@ -41,6 +43,7 @@ def wkv6(
         u: bonus of a token's own key (`time_faaaa`), (H, N).
         state: initial state (B, H, N, N), [value, key]; None means zeros.
         backend: "auto", "triton", "native", "chunked" or "reference".
+        packing: the S sequences in the one row of the inputs; states are then (S, H, N, N).
 
     Returns:
         `y` (B, T, H, N) in the dtype of `r`, and the final state (B, H, N, N) in fp32 (fp64 for fp64 inputs). All
@@ -50,7 +53,15 @@ def wkv6(
         ValueError: `backend` is unknown or cannot serve this call.
     """
     chosen = OP.choose(Call.of(r, w, k, v, u, state), backend)
-    return chosen.run(r, w, k, v, u, state)
+    if packing is None:
+        return chosen.run(r, w, k, v, u, state)
+    if chosen.packs:
+        return chosen.run(r, w, k, v, u, state, packing)
+
+    def group(r: Tensor, w: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        return chosen.run(r, w, k, v, u, state)
+
+    return packing.in_groups(group, (r, w.expand_as(r), k, v), (0, KEEP, 0, 0), state)
 
 
 def decay_of(w: Tensor) -> Tensor:
@@ -135,7 +146,7 @@ OP = Op(
     "wkv6",
     [
         Backend("triton", wkv6_triton.refuses, wkv6_triton.wkv6_triton),
-        Backend("native", native.refuses, wkv6_native.wkv6_native),
+        Backend("native", native.refuses, wkv6_native.wkv6_native, packs=True),
         Backend("chunked", never_refuses, wkv6_chunked),
         Backend("reference", never_refuses, wkv6_reference),
     ],

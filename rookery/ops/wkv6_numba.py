@@ -1,7 +1,7 @@
 """Loops of `wkv6_native`, compiled by Numba.
 
-All arrays are C-contiguous: (B, T, H, N), and states (B, H, N, N), [key, value]. A piece of work is one head of one
-sequence.
+All arrays are C-contiguous: (T, H, N), and states (B, H, N, N), [key, value]. Sequence i of B is made of the tokens
+bounds[i] to bounds[i + 1] - 1 of T, and of the chunks from chunks[i] on. A piece of work is one head of one sequence.
 """
 
 from __future__ import annotations
@@ -67,32 +67,34 @@ def step_back(before, G, r, d, k, v, u, dy, dr, dd, dk, dv, du, size):
 
 
 @outer
-def forward(first, last, size, r, d, k, v, u, S, y, starts):
-    """`S` goes from the initial to the final state; `starts` (B, H, chunks, N, N) may have no chunks."""
-    T, H = r.shape[1], r.shape[2]
+def forward(first, last, size, bounds, chunks, r, d, k, v, u, S, y, starts):
+    """`S` goes from the initial to the final state; `starts` (chunks, H, N, N) may have no chunks."""
+    H = r.shape[1]
     for piece in range(first, last):
         i, h = piece // H, piece % H
-        for t in range(T):
-            if starts.shape[2] and t % CHUNK == 0:
-                starts[i, h, t // CHUNK] = S[i, h]
-            step(S[i, h], r[i, t, h], d[i, t, h], k[i, t, h], v[i, t, h], u[h], y[i, t, h], size)
+        for t in range(bounds[i], bounds[i + 1]):
+            n = t - bounds[i]
+            if starts.shape[0] and n % CHUNK == 0:
+                starts[chunks[i] + n // CHUNK, h] = S[i, h]
+            step(S[i, h], r[t, h], d[t, h], k[t, h], v[t, h], u[h], y[t, h], size)
 
 
 @outer
-def backward(first, last, size, r, d, k, v, u, starts, dy, G, dr, dd, dk, dv, du):
+def backward(first, last, size, bounds, chunks, r, d, k, v, u, starts, dy, G, dr, dd, dk, dv, du):
     """`G` goes from the gradient of the final to that of the initial state; `du` (B, H, N) starts as zeros."""
-    T, H, N = r.shape[1], r.shape[2], len(size)
+    H, N = r.shape[1], len(size)
     states = np.empty((CHUNK, N, N), r.dtype)
     for piece in range(first, last):
         i, h = piece // H, piece % H
-        for c in range(starts.shape[2] - 1, -1, -1):
-            begin, end = c * CHUNK, min((c + 1) * CHUNK, T)
-            states[0] = starts[i, h, c]
+        for c in range(chunks[i + 1] - 1, chunks[i] - 1, -1):
+            begin = bounds[i] + (c - chunks[i]) * CHUNK
+            end = min(begin + CHUNK, bounds[i + 1])
+            states[0] = starts[c, h]
             for t in range(begin, end - 1):
                 n = t - begin
-                replay(states[n], d[i, t, h], k[i, t, h], v[i, t, h], states[n + 1], size)
+                replay(states[n], d[t, h], k[t, h], v[t, h], states[n + 1], size)
             for t in range(end - 1, begin - 1, -1):
                 step_back(
-                    states[t - begin], G[i, h], r[i, t, h], d[i, t, h], k[i, t, h], v[i, t, h], u[h], dy[i, t, h],
-                    dr[i, t, h], dd[i, t, h], dk[i, t, h], dv[i, t, h], du[i, h], size,
+                    states[t - begin], G[i, h], r[t, h], d[t, h], k[t, h], v[t, h], u[h], dy[t, h],
+                    dr[t, h], dd[t, h], dk[t, h], dv[t, h], du[i, h], size,
                 )  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rookery.ops import native, wkv7_native, wkv7_triton
 from rookery.ops.backend import Backend, Call, Op, exact_dtype, never_refuses
+from rookery.ops.packed import KEEP, Packing
 from rookery.ops.wkv7_native import LOG_DECAY_SCALE
 
 CHUNK = 32
@@ -34,6 +35,7 @@ def wkv7(
     state: Tensor | None = None,
     *,
     backend: str = "auto",
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a sequence.
 
@@ -43,6 +45,7 @@ def wkv7(
         a, b: -kappa and kappa * iclr, (B, T, H, N), kappa being the normalised removal key.
         state: initial state (B, H, N, N), [value, key]; None means zeros.
         backend: "auto", "triton", "native", "chunked" or "reference".
+        packing: the S sequences in the one row of the inputs; states are then (S, H, N, N).
 
     Returns:
         `y` (B, T, H, N) in the dtype of `r`, and the final state (B, H, N, N) in fp32 (fp64 for fp64 inputs). All
@@ -52,7 +55,11 @@ def wkv7(
         ValueError: `backend` is unknown or cannot serve this call.
     """
     chosen = OP.choose(Call.of(r, w, k, v, a, b, state), backend)
-    return chosen.run(r, w, k, v, a, b, state)
+    if packing is None:
+        return chosen.run(r, w, k, v, a, b, state)
+    if chosen.packs:
+        return chosen.run(r, w, k, v, a, b, state, packing)
+    return packing.in_groups(chosen.run, (r, w, k, v, a, b), (0, KEEP, 0, 0, 0, 0), state)
 
 
 def wkv7_reference(
@@ -130,7 +137,7 @@ OP = Op(
     "wkv7",
     [
         Backend("triton", wkv7_triton.refuses, wkv7_triton.wkv7_triton),
-        Backend("native", native.refuses, wkv7_native.wkv7_native),
+        Backend("native", native.refuses, wkv7_native.wkv7_native, packs=True),
         Backend("chunked", never_refuses, wkv7_chunked),
         Backend("reference", never_refuses, wkv7_reference),
     ],

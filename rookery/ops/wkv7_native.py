@@ -11,47 +11,56 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rookery.ops.backend import exact_dtype
-from rookery.ops.native import transposed
+from rookery.ops.native import bounds_of, chunks_of, tracked, transposed, work_of
+from rookery.ops.packed import Packing
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
 
 
 def wkv7_native(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
+    packing: Packing | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Shapes and dtypes as in `rookery.ops.wkv7`."""
-    out_dtype = r.dtype
+    out_dtype, shape = r.dtype, r.shape
     dtype = exact_dtype(out_dtype)
-    r, w, k, v, a, b = (x.to(dtype).contiguous() for x in (r, w, k, v, a, b))
-    B, _, H, N = r.shape
-    state = r.new_zeros(B, H, N, N) if state is None else state.to(dtype)
-    y, final = _WKV7.apply(r, w, k, v, a, b, state)
-    return y.to(out_dtype), final
+    bounds = bounds_of(r, packing)
+    r, w, k, v, a, b = (x.to(dtype).contiguous().flatten(0, 1) for x in (r, w, k, v, a, b))
+    _, H, N = r.shape
+    state = r.new_zeros(len(bounds) - 1, H, N, N) if state is None else state.to(dtype)
+    y, final = _WKV7.apply(bounds, *tracked(r, w, k, v, a, b, state))
+    return y.view(shape).to(out_dtype), final
 
 
 class _WKV7(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Any:
+    def forward(
+        ctx: Any, bounds: np.ndarray,
+        r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
+    ) -> Any:  # fmt: skip
         from rookery.ops import wkv7_numba
         from rookery.ops.jit import share_out, static
 
-        B, T, H, N = r.shape
+        _, H, N = r.shape
         sigmoid = torch.sigmoid(w)
         decay = torch.exp(LOG_DECAY_SCALE * sigmoid)
         y, u = torch.empty_like(r), torch.empty_like(r)
         S = transposed(state)
         keep = any(ctx.needs_input_grad)
-        starts = r.new_empty(B, H, -(-T // wkv7_numba.CHUNK) if keep else 0, N, N)
-        arrays = (r, decay, k, v, a, b, S, y, u, starts)
-        share_out(wkv7_numba.forward, B * H, static(N), *(x.detach().numpy() for x in arrays))
+        chunks = chunks_of(bounds, wkv7_numba.CHUNK)
+        starts = r.new_empty(int(chunks[-1]) if keep else 0, H, N, N)
+        arrays = (x.detach().numpy() for x in (r, decay, k, v, a, b, S, y, u, starts))
+        share_out(wkv7_numba.forward, work_of(bounds, H), static(N), bounds, chunks, *arrays)
         if keep:
             # sigmoid(w) * (1 - sigmoid(w)) would lose its digits where w is large.
             slope = torch.sigmoid(-w).mul_(sigmoid)
             ctx.save_for_backward(r, decay, slope, k, v, a, b, u, starts)
+            ctx.bounds, ctx.chunks = bounds, chunks
         return y, S.mT.contiguous()
 
     @staticmethod
@@ -62,9 +71,10 @@ class _WKV7(torch.autograd.Function):
         r, decay, slope, k, v, a, b, u, starts = ctx.saved_tensors
         G = transposed(dfinal)
         grads = [torch.empty_like(r) for _ in range(6)]
-        arrays = (r, decay, k, v, a, b, u, starts, dy.contiguous(), G, *grads)
-        B, _, H, N = r.shape
-        share_out(wkv7_numba.backward, B * H, static(N), *(x.detach().numpy() for x in arrays))
+        _, H, N = r.shape
+        tensors = (r, decay, k, v, a, b, u, starts, dy.contiguous(), G, *grads)
+        arrays = (x.detach().numpy() for x in tensors)
+        share_out(wkv7_numba.backward, work_of(ctx.bounds, H), static(N), ctx.bounds, ctx.chunks, *arrays)
         dr, dd, dk, dv, da, db = grads
         dw = dd.mul_(decay).mul_(slope).mul_(LOG_DECAY_SCALE)
-        return dr, dw, dk, dv, da, db, G.mT
+        return None, dr, dw, dk, dv, da, db, G.mT

@@ -1,7 +1,7 @@
 """Loops of `wkv7_native`, compiled by Numba.
 
-All arrays are C-contiguous: (B, T, H, N), and states (B, H, N, N), [key, value]. A piece of work is one head of one
-sequence.
+All arrays are C-contiguous: (T, H, N), and states (B, H, N, N), [key, value]. Sequence i of B is made of the tokens
+bounds[i] to bounds[i + 1] - 1 of T, and of the chunks from chunks[i] on. A piece of work is one head of one sequence.
 """
 
 from __future__ import annotations
@@ -82,36 +82,38 @@ def step_back(before, after, G, r, d, k, v, a, b, u, dy, du, dr, dd, dk, dv, da,
 
 
 @outer
-def forward(first, last, size, r, d, k, v, a, b, S, y, u, starts):
-    """`S` goes from the initial to the final state; `starts` (B, H, chunks, N, N) may have no chunks."""
-    T, H = r.shape[1], r.shape[2]
+def forward(first, last, size, bounds, chunks, r, d, k, v, a, b, S, y, u, starts):
+    """`S` goes from the initial to the final state; `starts` (chunks, H, N, N) may have no chunks."""
+    H = r.shape[1]
     for piece in range(first, last):
         i, h = piece // H, piece % H
-        for t in range(T):
-            if starts.shape[2] and t % CHUNK == 0:
-                starts[i, h, t // CHUNK] = S[i, h]
-            weighted_rows(S[i, h], a[i, t, h], u[i, t, h], size)
-            step(S[i, h], r[i, t, h], d[i, t, h], k[i, t, h], v[i, t, h], b[i, t, h], u[i, t, h], y[i, t, h], size)
+        for t in range(bounds[i], bounds[i + 1]):
+            n = t - bounds[i]
+            if starts.shape[0] and n % CHUNK == 0:
+                starts[chunks[i] + n // CHUNK, h] = S[i, h]
+            weighted_rows(S[i, h], a[t, h], u[t, h], size)
+            step(S[i, h], r[t, h], d[t, h], k[t, h], v[t, h], b[t, h], u[t, h], y[t, h], size)
 
 
 @outer
-def backward(first, last, size, r, d, k, v, a, b, u, starts, dy, G, dr, dd, dk, dv, da, db):
+def backward(first, last, size, bounds, chunks, r, d, k, v, a, b, u, starts, dy, G, dr, dd, dk, dv, da, db):
     """`G` goes from the gradient of the final to that of the initial state."""
-    T, H, N = r.shape[1], r.shape[2], len(size)
+    H, N = r.shape[1], len(size)
     states = np.empty((CHUNK + 1, N, N), r.dtype)
     du = np.empty(N, r.dtype)
     for piece in range(first, last):
         i, h = piece // H, piece % H
-        for c in range(starts.shape[2] - 1, -1, -1):
-            begin, end = c * CHUNK, min((c + 1) * CHUNK, T)
-            states[0] = starts[i, h, c]
+        for c in range(chunks[i + 1] - 1, chunks[i] - 1, -1):
+            begin = bounds[i] + (c - chunks[i]) * CHUNK
+            end = min(begin + CHUNK, bounds[i + 1])
+            states[0] = starts[c, h]
             for t in range(begin, end):
                 n = t - begin
-                replay(states[n], d[i, t, h], k[i, t, h], v[i, t, h], b[i, t, h], u[i, t, h], states[n + 1], size)
+                replay(states[n], d[t, h], k[t, h], v[t, h], b[t, h], u[t, h], states[n + 1], size)
             for t in range(end - 1, begin - 1, -1):
                 n = t - begin
                 step_back(
                     states[n], states[n + 1], G[i, h],
-                    r[i, t, h], d[i, t, h], k[i, t, h], v[i, t, h], a[i, t, h], b[i, t, h], u[i, t, h], dy[i, t, h],
-                    du, dr[i, t, h], dd[i, t, h], dk[i, t, h], dv[i, t, h], da[i, t, h], db[i, t, h], size,
+                    r[t, h], d[t, h], k[t, h], v[t, h], a[t, h], b[t, h], u[t, h], dy[t, h],
+                    du, dr[t, h], dd[t, h], dk[t, h], dv[t, h], da[t, h], db[t, h], size,
                 )  # fmt: skip
