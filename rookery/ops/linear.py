@@ -1,4 +1,4 @@
-"""Matrix product of activations with a weight.
+"""Matrix product of activations with a weight, and the place where an adapter adds to it.
 
 PyTorch's fp32 products on a CPU go to MKL, which on AMD processors takes its AVX2 path; oneDNN, which PyTorch also
 carries, uses AVX-512 on any processor and is 2.3 times as fast there, equally exact. Everything else is `F.linear`.
@@ -6,6 +6,7 @@ carries, uses AVX-512 on any processor and is 2.3 times as fast there, equally e
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -16,17 +17,56 @@ FEWEST_ROWS = 16
 """Below this, the cost of a call counts more than its arithmetic."""
 
 
+class Adapter(nn.Module):
+    """What fine-tuning adds to the product of a frozen `Linear`, zero at first."""
+
+    enabled = True
+
+    def input_delta(self, x: Tensor) -> Tensor | None:
+        """What is added to the input of the product itself, shaped as `x`; None when nothing is."""
+        return None
+
+    def forward(self, x: Tensor, moved: Tensor | None, y: Tensor | None, linear: Linear) -> Tensor:
+        """What is added to the output (..., out).
+
+        Args:
+            x: input of `linear`, (..., in).
+            moved: what `input_delta` gave.
+            y: product of `x` with the weight alone, (..., out); None when an input delta was added before it.
+        """
+        raise NotImplementedError
+
+
 class Linear(nn.Linear):
-    """`nn.Linear` without bias whose product is `linear`, and whose weight is not set."""
+    """`nn.Linear` without bias whose product is `linear`, whose weight is not set, and to which adapters may be added.
+
+    Adapters add up: each sees what it would see alone.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.adapters: MutableMapping[str, Adapter] = nn.ModuleDict()  # type: ignore[assignment]  # no element type
 
     def reset_parameters(self) -> None:
         """Values come from a checkpoint or from the model's own rules."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
+        """The product with the weight, without adapters: (..., in) -> (..., out)."""
         return linear(x, self.weight)
+
+    def dense(self) -> Tensor:
+        """The weight, (out, in)."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.adapters:
+            return self.product(x)
+        adapters = [adapter for adapter in self.adapters.values() if adapter.enabled]
+        moves = [adapter.input_delta(x) for adapter in adapters]
+        moving = [move for move in moves if move is not None]
+        y = self.product(sum(moving, x))
+        plain = None if moving else y
+        return sum((adapter(x, move, plain, self) for adapter, move in zip(adapters, moves, strict=True)), y)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

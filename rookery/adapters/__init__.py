@@ -1,0 +1,19 @@
+"""Adapters: LoRA, rsLoRA, DoRA, PiSSA and MiSS on a frozen model."""
+
+from rookery.adapters.attach import Attached, adapter_tensors, attach, attached, detach, enable, find_targets
+from rookery.adapters.config import AdapterConfig, in_parts
+from rookery.adapters.methods import Method, create
+
+__all__ = [
+    "AdapterConfig",
+    "Attached",
+    "Method",
+    "adapter_tensors",
+    "attach",
+    "attached",
+    "create",
+    "detach",
+    "enable",
+    "find_targets",
+    "in_parts",
+]
