@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rookery.errors import UserError
 from rookery.i18n import _
-from rookery.infer.engine import Generation
+from rookery.infer.generation import Generation
 from rookery.infer.sampler import Sampling
 from rookery.models import Model, State
 from rookery.tokenizer import Tokenizer, chat

@@ -1,165 +1,407 @@
-"""Running a model: prompts in parallel form, answers in recurrent form, one or many at a time."""
+"""Answers to many requests at once: continuous batching over one model.
+
+Every sequence has a slot, which holds its recurrent state and never grows. Sequences join and leave between any two
+steps. One turn of the engine reads a piece of some prompts in parallel form, then one token of every answer in
+progress, so a long prompt delays the others by one piece at most::
+
+    with Engine(model, tokenizer) as engine:
+        engine.mount_state("poet", "poet.pth")
+        handle = engine.submit(Request(tokenizer.encode("User: Hi\\n\\nAssistant:"), Sampling(stop=("\\n\\n",))))
+        for piece in handle:              # or: async for piece in handle
+            print(piece.text, end="")
+        print(handle.finish, handle.usage)
+
+`Handle.cancel`, or leaving the loop early, frees the slot. Without `start`, nothing runs until `turn` is called, which
+is how tests drive it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import groupby
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from rookery.infer.sampler import Sampling
-from rookery.infer.sequence import Sequence, Tokenizer
+from rookery import formats
+from rookery.errors import UserError
+from rookery.i18n import _
+from rookery.infer.cache import PrefixCache
+from rookery.infer.constraint import Guide
+from rookery.infer.forms import PREFILL, Form, PlainForm, assign
+from rookery.infer.request import Finish, Handle, Piece, Request, Token
+from rookery.infer.sequence import Sequence
 from rookery.models import Model, State
+from rookery.tokenizer import Tokenizer
 
-PREFILL = 512
-"""Tokens of a prompt read in one forward pass."""
+logger = logging.getLogger("rookery.infer")
 
+PIECE = 64
+"""Tokens of prompts read between two steps of answers in progress."""
 
-@torch.inference_mode()
-def read(model: Model, rows: list[list[int]], state: State | None = None) -> tuple[Tensor, State]:
-    """Read B rows of T >= 1 tokens each, after `state`.
-
-    Only the last position meets the head, so that a long prompt costs no `(B, T, V)` logits.
-
-    Returns:
-        Logits `(B, V)` fp32 for the token that follows, and the state after all tokens.
-    """
-    tokens = torch.tensor(rows, device=next(model.parameters()).device)
-    for part in tokens.split(PREFILL, dim=1):
-        x, state = model.hidden(part, state)
-    assert state is not None
-    return model.head(x[:, -1]).float(), state
+WORTH_KEEPING = 16
+"""Tokens that two prompts must share beyond what is cached for the state at their parting to be kept."""
 
 
-def join(states: list[State]) -> State:
-    """One batch of the sequences of several."""
-    return State(
-        torch.cat([state.att_shift for state in states], dim=1),
-        torch.cat([state.wkv for state in states], dim=1),
-        torch.cat([state.ffn_shift for state in states], dim=1),
-    )
+class Busy(Exception):
+    """The queue of waiting requests is full."""
 
 
-class Generation:
-    """An answer being generated: iterate for its pieces of text, stop when you like.
+class Closed(Exception):
+    """The engine takes no more requests."""
 
-    After any piece, `state` and `unread` say where the model stands: `state` after all tokens of the prompt and the
-    text so far except `unread`, which are to be read before anything that follows. A stop text or token is in neither.
 
-    Attributes:
-        sequence: the answer so far, its tokens and why it ended.
-        state: the model's state.
-        unread: tokens of the text that are not in `state` yet.
+@dataclass(frozen=True)
+class Load:
+    """What an engine is doing and has done since its start."""
+
+    slots: int
+    active: int
+    waiting: int
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    cache_bytes: int
+    cache_entries: int
+
+
+@dataclass
+class _Active:
+    """A request from `submit` to its end."""
+
+    handle: Handle
+    sequence: Sequence
+    guide: Guide | None
+    start: State
+    """The state before the prompt."""
+    context: Hashable
+    """What `start` and the form depend on, for the cache; None if nothing is to be cached."""
+    slot: int = -1
+    started: float = 0.0
+    position: int = 0
+    """Tokens of the prompt that are in the state."""
+    part_at: int = 0
+    """Position of the prompt at which the state is to be kept; 0 for nowhere."""
+    first: float = 0.0
+    tokens: list[tuple[Token, int]] = field(default_factory=list)
+    """Tokens not yet handed out, each with the number of bytes of the answer up to its end."""
+    bytes: int = 0
+    total: Tensor | float = 0.0
+    """Sum of what was read, for an embedding."""
+
+    @property
+    def request(self) -> Request:
+        return self.handle.request
+
+
+class Engine:
+    """Runs one model for many requests.
+
+    Args:
+        model: in evaluation mode; it must not be used otherwise while the engine runs.
+        tokenizer: the model's.
+        form: how the model is run; None for its own module.
+        slots: sequences that are answered at the same time; more wait.
+        waiting: requests that may wait; `submit` raises `Busy` beyond.
+        cache_bytes: memory for states of shared prefixes; 0 for none.
     """
 
     def __init__(
         self,
         model: Model,
         tokenizer: Tokenizer,
-        prompt_ids: list[int],
-        sampling: Sampling,
-        state: State | None = None,
+        *,
+        form: Form | None = None,
+        slots: int = 32,
+        waiting: int = 1024,
+        cache_bytes: int = 256 << 20,
     ) -> None:
-        if not prompt_ids:
-            raise ValueError("the prompt has no tokens")
-        self.sequence = Sequence(tokenizer, sampling)
-        self.state = state
-        self.unread = list(prompt_ids)
-        self._model = model
-        self._tokenizer = tokenizer
-        self._pending: list[tuple[State, int]] = []
+        self.model, self.tokenizer = model, tokenizer
+        self.vocab_size = model.shape.vocab_size
+        self._form = form or PlainForm(model)
+        self._max_waiting = waiting
+        self._slots = self._form.slots(slots)
+        self._free = list(range(slots))[::-1]
+        self._cache = PrefixCache(cache_bytes)
+        self._states: dict[str, tuple[State, int]] = {}
+        self._mounts = 0
+        self._waiting: deque[_Active] = deque()
+        self._reading: deque[_Active] = deque()
+        self._answering: list[_Active] = []
+        self._totals = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
+        self._condition = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
 
-    def cancel(self) -> None:
-        """End the answer after the token in progress; for a signal handler or another thread."""
-        self.sequence.finish = self.sequence.finish or "cancelled"
+    def __enter__(self) -> Self:
+        return self.start()
 
-    def __iter__(self) -> Iterator[str]:
-        tokens = self.unread
-        state = self.state
-        while not self.sequence.finish:
-            logits, state = read(self._model, [tokens], state)
-            piece = self.sequence.choose(logits[0])
-            tokens = self.sequence.tokens[-1:]
-            self._pending.append((state, tokens[0]))
-            self._settle()
-            if piece:
-                yield piece
+    def __exit__(self, *_error: object) -> None:
+        self.close(drain=False)
 
-    def _settle(self) -> None:
-        """Set `state` and `unread` to the end of the released text.
+    def start(self) -> Self:
+        """Run in a thread of its own until `close`."""
+        self._thread = threading.Thread(target=self._run, name="rookery-engine", daemon=True)
+        self._thread.start()
+        return self
 
-        `_pending` holds the last tokens, each with the state before it: from the first one that is not wholly released,
-        or the very last one, which the model has not read.
+    def close(self, *, drain: bool = True, seconds: float | None = None) -> None:
+        """Take no more requests and end.
+
+        Args:
+            drain: finish what was accepted first; else it is cancelled.
+            seconds: longest time to spend on that; what is left is cancelled.
         """
-        sequence = self.sequence
-        first = len(self._pending)
-        if sequence.tokens[-1] in sequence.sampling.token_stop:
-            first -= 1
-        surplus = sequence.unreleased_bytes
-        while surplus > 0:
-            first -= 1
-            surplus -= len(sequence.bytes_of(self._pending[first][1]))
-        if first < len(self._pending):
-            state, token = self._pending[first]
-            released = sequence.bytes_of(token)[:-surplus] if surplus else b""
-            unread = self._tokenizer.encode(released)
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        if self._thread and drain:
+            self._thread.join(seconds)
+        with self._condition:
+            for active in (*self._reading, *self._answering, *self._waiting):
+                active.handle.cancel()
+            self._condition.notify()
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request.
+
+        Raises:
+            UserError: an id is outside the vocabulary, a name is not mounted, or the form is none.
+            Busy: the queue is full.
+            Closed: the engine is closed.
+        """
+        self._check(request)
+        guide = Guide(request.constraint, self.tokenizer, self.vocab_size) if request.constraint else None
+        with self._condition:
+            if self._closing:
+                raise Closed
+            if len(self._waiting) >= self._max_waiting + len(self._free):
+                raise Busy
+            handle = Handle(request)
+            start, context = self._start(request)
+            sequence = Sequence(self.tokenizer, request.sampling)
+            self._waiting.append(_Active(handle, sequence, guide, start, context))
+            self._totals["requests"] += 1
+            self._condition.notify()
+        return handle
+
+    def mount_state(self, name: str, source: str | Path | State) -> None:
+        """Make a tuned initial state available to requests as `state=name`, in the place of one of that name.
+
+        Args:
+            source: file with `blocks.N.att.time_state`, or a state (L, 1, ...).
+
+        Raises:
+            UserError: the file cannot be read or belongs to another model.
+        """
+        state = self._form.initial()
+        if isinstance(source, State):
+            assign(state, slice(0, 1), source)
         else:
-            state, token = self._pending[-1]
-            unread = [token]
-            first -= 1
-        self.state, self.unread = state, unread
-        del self._pending[:first]
+            tensors = formats.read_state(source, self.model.shape)
+            for layer in range(self.model.shape.n_layer):
+                state.wkv[layer, 0] = tensors[f"blocks.{layer}.att.time_state"]
+        with self._condition:
+            self._mounts += 1
+            self._states[name] = (state, self._mounts)
 
+    def unmount_state(self, name: str) -> None:
+        """Forget a state; requests that use it go on.
 
-def generate(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompt_ids: list[int],
-    sampling: Sampling,
-    state: State | None = None,
-) -> Generation:
-    """Answer a prompt, in pieces of text that are whole characters: ``for piece in generate(...): print(piece)``."""
-    return Generation(model, tokenizer, prompt_ids, sampling, state)
+        Raises:
+            UserError: there is none of that name.
+        """
+        with self._condition:
+            if self._states.pop(name, None) is None:
+                raise UserError(_("No state called {name} is mounted.", name=name))
 
+    @property
+    def states(self) -> list[str]:
+        """Names of the mounted states."""
+        return sorted(self._states)
 
-def complete(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    *,
-    batch: int = 256,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Sequence]:
-    """Answer many prompts, `batch` at a time; each answer is what it would be alone, up to rounding.
+    @property
+    def load(self) -> Load:
+        """Figures for monitoring."""
+        with self._condition:
+            active = len(self._reading) + len(self._answering)
+            return Load(
+                slots=active + len(self._free), active=active, waiting=len(self._waiting),
+                cache_bytes=self._cache.bytes, cache_entries=len(self._cache), **self._totals,
+            )  # fmt: skip
 
-    Prompts of one length are read together; then all of a batch go on together, and a finished answer leaves it.
-    `progress(done, total)` is called in answers.
-    """
-    answers = [Sequence(tokenizer, sampling) for _prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch):
-        live = order[start : start + batch]
-        read_groups = [
-            read(model, [prompts[i] for i in group]) for _length, group in groupby(live, key=lambda i: len(prompts[i]))
-        ]
-        logits = torch.cat([group_logits for group_logits, _state in read_groups])
-        state = join([group_state for _logits, group_state in read_groups])
+    def turn(self) -> bool:
+        """Do one turn of work; False if there was none."""
+        with self._condition:
+            self._drop_cancelled()
+            self._admit()
+        with torch.inference_mode():
+            busy = bool(self._reading or self._answering)
+            try:
+                self._read_prompts()
+                self._answer()
+            except Exception as error:
+                # Whatever it was, the states of these sequences can no longer be trusted; others still can be served.
+                logger.exception("the engine failed; %d answers are lost", len(self._reading) + len(self._answering))
+                for active in (*self._reading, *self._answering):
+                    self._end(active, "error", error)
+        return busy
+
+    def _run(self) -> None:
         while True:
-            if sampling.greedy:
-                for i, token in zip(live, logits.argmax(-1).tolist(), strict=True):
-                    answers[i].accept(token)
+            worked = self.turn()
+            with self._condition:
+                idle = not (worked or self._waiting)
+                if idle and self._closing:
+                    return
+                if idle:
+                    self._condition.wait()
+
+    def _check(self, request: Request) -> None:
+        if not request.prompt:
+            raise UserError(_("The prompt has no tokens."))
+        sampling = request.sampling
+        known = (*request.prompt, *sampling.token_ban, *(token for token, _amount in sampling.logit_bias))
+        if not (min(known) >= 0 and max(known) < self.vocab_size):
+            raise UserError(_("A token id lies outside the vocabulary of {size} ids.", size=self.vocab_size))
+        if isinstance(request.state, State) and request.state.wkv.shape != self._form.initial().wkv.shape:
+            raise UserError(_("The state given belongs to another model."))
+        if request.adapter:
+            raise UserError(_("No adapter called {name} is mounted.", name=request.adapter))
+
+    def _drop_cancelled(self) -> None:
+        for active in [a for a in (*self._reading, *self._answering) if a.handle.cancelled]:
+            self._end(active, "cancelled")
+        for active in [a for a in self._waiting if a.handle.cancelled]:
+            self._waiting.remove(active)
+            active.handle.end("cancelled")
+
+    def _admit(self) -> None:
+        while self._waiting and self._free:
+            active = self._waiting.popleft()
+            active.slot, active.started = self._free.pop(), time.monotonic()
+            prompt, start = active.request.prompt, active.start
+            if active.context is not None:
+                active.position, cached = self._cache.find(active.context, prompt)
+                start = cached or start
+                shared = self._cache.shared(active.context, prompt)
+                if active.position + WORTH_KEEPING <= shared < len(prompt):
+                    active.part_at = shared
+            assign(self._slots, slice(active.slot, active.slot + 1), start)
+            handle = active.handle
+            handle.usage = replace(handle.usage, cached=active.position, waited=active.started - handle.created)
+            self._totals["prompt_tokens"] += len(prompt)
+            self._totals["cached_tokens"] += active.position
+            self._reading.append(active)
+
+    def _start(self, request: Request) -> tuple[State, Hashable]:
+        """The state before the first token, and what it depends on for the cache."""
+        if isinstance(request.state, State):
+            return request.state, None
+        if not request.state:
+            state, mount = self._form.initial(), 0
+        elif request.state in self._states:
+            state, mount = self._states[request.state]
+        else:
+            raise UserError(_("No state called {name} is mounted.", name=request.state))
+        return state, (mount, request.adapter) if request.reuse and not request.embed else None
+
+    def _read_prompts(self) -> None:
+        left = PIECE if self._answering else PREFILL
+        for _n in range(len(self._reading)):
+            if left <= 0:
+                return
+            active = self._reading.popleft()
+            # While it is read, it belongs to those that a failure ends.
+            self._reading.append(active)
+            prompt, begin = active.request.prompt, active.position
+            end = active.part_at if active.part_at > begin else len(prompt)
+            end = min(end, begin + left)
+            left -= end - begin
+            hidden = self._form.read(self._slots, active.slot, prompt[begin:end])
+            active.position = end
+            if active.request.embed:
+                active.total = active.total + hidden.float().sum(0)
+            if end in (active.part_at, len(prompt)):
+                self._keep(active, prompt[:end])
+            if end == len(prompt) and active.request.embed:
+                active.handle.embedding = (active.total / torch.linalg.vector_norm(active.total)).tolist()
+                self._end(active, "stop")
+            elif end == len(prompt):
+                self._reading.remove(active)
+                self._answering.append(active)
+                self._choose(active, self._form.head(hidden[-1:])[0])
+
+    def _answer(self) -> None:
+        going_on = [a for a in self._answering if a.sequence.tokens and not a.handle.cancelled]
+        if going_on:
+            rows = [active.slot for active in going_on]
+            logits = self._form.step(self._slots, rows, [active.sequence.tokens[-1] for active in going_on])
+            for active, row in zip(going_on, logits, strict=True):
+                self._choose(active, row)
+
+    def _choose(self, active: _Active, logits: Tensor) -> None:
+        """Draw the next token of an answer, hand out the text it releases, and end the answer where it ends."""
+        sequence, guide = active.sequence, active.guide
+        text = sequence.choose(logits, guide.allowed() if guide else None)
+        token = sequence.tokens[-1]
+        if not active.first:
+            active.first = time.monotonic()
+        if token not in active.request.sampling.token_stop:
+            active.bytes += len(sequence.bytes_of(token))
+            active.tokens.append((self._described(active, token, logits), active.bytes))
+            if guide:
+                guide.accept(token)
+                if guide.complete and not sequence.finish:
+                    text += sequence.end()
+        released = active.bytes - sequence.unreleased_bytes
+        if sequence.finish:
+            tokens = tuple(t for t, end in active.tokens if end - len(t.data) < released or not t.data)
+            if text or tokens:
+                active.handle.give(Piece(text, tokens))
+            self._end(active, sequence.finish)
+        elif text:
+            tokens = tuple(t for t, end in active.tokens if end <= released)
+            del active.tokens[: len(tokens)]
+            active.handle.give(Piece(text, tokens))
+
+    def _described(self, active: _Active, token: int, logits: Tensor) -> Token:
+        data, count = active.sequence.bytes_of(token), active.request.logprobs
+        if count is None:
+            return Token(token, data)
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(count)
+        return Token(token, data, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+    def _end(self, active: _Active, finish: Finish, error: Exception | None = None) -> None:
+        now, handle, tokens = time.monotonic(), active.handle, active.sequence.tokens
+        first = active.first or now
+        handle.usage = replace(
+            handle.usage, completion=len(tokens), first=first - active.started, rest=now - first
+        )  # fmt: skip
+        if finish in ("stop", "length") and len(tokens) > 1:
+            # The last token was not read.
+            self._keep(active, active.request.prompt + tokens[:-1])
+        with self._condition:
+            self._totals["completion_tokens"] += len(tokens)
+            if active in self._reading:
+                self._reading.remove(active)
             else:
-                for i, row in zip(live, logits.cpu(), strict=True):
-                    answers[i].choose(row)
-            rows = [row for row, i in enumerate(live) if not answers[i].finish]
-            if progress:
-                progress(start + min(batch, len(order) - start) - len(rows), len(order))
-            if not rows:
-                break
-            if len(rows) < len(live):
-                state = state.select(torch.tensor(rows, device=logits.device))
-                live = [live[row] for row in rows]
-            logits, state = read(model, [answers[i].tokens[-1:] for i in live], state)
-    return answers
+                self._answering.remove(active)
+            self._free.append(active.slot)
+        handle.end(finish, error)
+
+    def _keep(self, active: _Active, tokens: list[int]) -> None:
+        """Leave a copy of the state, which is that after `tokens`, in the cache."""
+        if active.context is not None:
+            self._cache.put(active.context, tokens, self._slots.select(slice(active.slot, active.slot + 1)).clone())

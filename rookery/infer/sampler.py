@@ -26,9 +26,11 @@ class Sampling:
         temperature: flattens (> 1) or sharpens (< 1) what `top_p` and `top_k` left; 0 takes the likeliest token.
         top_p: keeps the likeliest tokens until their probability reaches this; 1 keeps all.
         top_k: keeps at most this many tokens; 0 keeps all.
+        min_p: drops tokens less likely than this share of the likeliest one's probability; 0 keeps all.
         alpha_presence: taken off the logit of every token seen so far.
         alpha_frequency: taken off once more for each time it was seen.
         alpha_decay: factor by which the counts fade at each token.
+        logit_bias: (token, amount) pairs, each amount added to the token's logit.
         token_ban: tokens never chosen.
         token_stop: tokens that end the answer and are not part of it.
         stop: texts that end the answer and are not part of it.
@@ -39,9 +41,11 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 0.85
     top_k: int = 0
+    min_p: float = 0.0
     alpha_presence: float = 0.2
     alpha_frequency: float = 0.2
     alpha_decay: float = 0.996
+    logit_bias: tuple[tuple[int, float], ...] = ()
     token_ban: tuple[int, ...] = ()
     token_stop: tuple[int, ...] = (0,)
     stop: tuple[str, ...] = ()
@@ -53,6 +57,7 @@ class Sampling:
             "temperature": (self.temperature, 0.0, float("inf")),
             "top_p": (self.top_p, 0.0, 1.0),
             "top_k": (self.top_k, 0, float("inf")),
+            "min_p": (self.min_p, 0.0, 1.0),
             "alpha_decay": (self.alpha_decay, 0.0, 1.0),
             "max_tokens": (self.max_tokens, 1, float("inf")),
         }
@@ -71,7 +76,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether each token is simply the one with the largest logit."""
-        return self.temperature == 0 and not self.penalised and not self.token_ban
+        return self.temperature == 0 and not (self.penalised or self.token_ban or self.logit_bias)
 
     @property
     def penalised(self) -> bool:
@@ -79,13 +84,16 @@ class Sampling:
         return self.alpha_presence != 0 or self.alpha_frequency != 0
 
 
-def probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+def probabilities(
+    logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0
+) -> Tensor:
     """The distribution that a token is drawn from.
 
-    `top_p` and `top_k` cut the untempered distribution: tokens less likely than the one at which the cumulative
-    probability reaches `top_p` are dropped (equals stay), then all but the `top_k` likeliest; what is left is raised to
-    1/temperature. A temperature of 0 means the likeliest token alone. `top_p` of 1 is off, where the `rwkv` package
-    turns greedy whenever its fp32 sum falls short of 1.
+    `top_p`, `top_k` and `min_p` cut the untempered distribution: tokens less likely than the one at which the
+    cumulative probability reaches `top_p` are dropped (equals stay), then all but the `top_k` likeliest, then those
+    below `min_p` times the largest probability; what is left is raised to 1/temperature. A temperature of 0 means the
+    likeliest token alone. `top_p` of 1 is off, where the `rwkv` package turns greedy whenever its fp32 sum falls short
+    of 1.
 
     Args:
         logits: `(..., V)`, any float dtype.
@@ -106,6 +114,8 @@ def probabilities(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, 
             kept = ids[..., :top_k]
             probs = torch.zeros_like(probs).scatter(-1, kept, probs.gather(-1, kept))
         probs = torch.where(probs < cutoff, 0.0, probs)
+    if min_p > 0:
+        probs = torch.where(probs < min_p * probs.amax(-1, keepdim=True), 0.0, probs)
     if temperature != 1:
         probs = probs ** (1 / temperature)
     return probs / probs.sum(-1, keepdim=True)
@@ -142,12 +152,21 @@ class Sampler:
         else:
             self._generator.manual_seed(sampling.seed)
 
-    def draw(self, logits: Tensor) -> int:
-        """The next token, from logits `(V,)`, which are left as they are."""
+    def draw(self, logits: Tensor, allowed: Tensor | None = None) -> int:
+        """The next token.
+
+        Args:
+            logits: `(V,)`; left as they are.
+            allowed: the only tokens that may be chosen, `(V,)` bool; None allows all.
+        """
         sampling = self.sampling
-        if sampling.greedy:
+        if sampling.greedy and allowed is None:
             return int(logits.argmax())
         logits = logits.float().cpu().clone()
+        if allowed is not None:
+            logits.masked_fill_(~allowed, -torch.inf)
+        for token, amount in sampling.logit_bias:
+            logits[token] += amount
         if sampling.token_ban:
             logits[list(sampling.token_ban)] = -torch.inf
         if self._occurrence and sampling.penalised:
@@ -157,7 +176,7 @@ class Sampler:
             )
         if sampling.temperature == 0:
             return int(logits.argmax())
-        probs = probabilities(logits, sampling.temperature, sampling.top_p, sampling.top_k)
+        probs = probabilities(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
         possible = probs.nonzero().squeeze(-1)
         return int(possible[torch.multinomial(probs[possible], 1, generator=self._generator)])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -34,15 +34,15 @@ class Sequence:
         self.sampling = sampling
         self.tokens: list[int] = []
         self.text = ""
-        self.finish = ""
+        self.finish: Literal["", "stop", "length", "cancelled"] = ""
         self._tokenizer = tokenizer
         self._sampler = Sampler(sampling, lambda token: tokenizer.decode([token]))
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
-    def choose(self, logits: Tensor) -> str:
-        """Draw a token from logits `(V,)`; returns the text that it releases."""
-        return self.accept(self._sampler.draw(logits))
+    def choose(self, logits: Tensor, allowed: Tensor | None = None) -> str:
+        """Draw a token from logits `(V,)`, only from `allowed` if given; returns the text that it releases."""
+        return self.accept(self._sampler.draw(logits, allowed))
 
     def accept(self, token: int) -> str:
         """Take `token` as the next one; returns the text that it releases."""
@@ -60,6 +60,11 @@ class Sequence:
             self.finish = "length"
             return self._release_all()
         return self._release(len(self._held) - self._beginning_of_a_stop())
+
+    def end(self) -> str:
+        """End the answer here, as complete; returns the text that it releases."""
+        self.finish = "stop"
+        return self._release_all()
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for; U+FFFD for an id that the model has and the vocabulary has not."""

@@ -6,29 +6,8 @@ import pytest
 import torch
 
 from rookery.infer import Sampling, Sequence, complete, generate, read
-from rookery.models import ModelShape, create, initialise
-from rookery.tokenizer import World
 
 GREEDY = Sampling(temperature=0, alpha_presence=0, alpha_frequency=0, max_tokens=40)
-
-
-@pytest.fixture(scope="module")
-def world():
-    return World()
-
-
-@pytest.fixture(scope="module")
-def model():
-    """Random weights large enough that the outputs vary; the initial values of pretraining would repeat one token."""
-    ranks = {"w": 8, "a": 8, "v": 8, "g": 8}
-    model = create(ModelShape("x070", 2, 32, 65536, head_size=16, dim_att=32, dim_ffn=128, ranks=ranks))
-    initialise(model, 1)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "ln" not in name:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-    return model
 
 
 def stream(tokenizer, tokens, **settings) -> tuple[list[str], Sequence]:
@@ -116,7 +95,7 @@ def test_the_same_seed_gives_the_same_answer(model, world) -> None:
 def test_a_long_prompt_read_in_parts_equals_one_pass(model, world, monkeypatch) -> None:
     rows = [world.encode("多轮 arithmetic 123 " * 9)[:50]]
     whole, state = read(model, rows)
-    monkeypatch.setattr("rookery.infer.engine.PREFILL", 7)
+    monkeypatch.setattr("rookery.infer.generation.PREFILL", 7)
     parts, split = read(model, rows)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(split.wkv, state.wkv, rtol=1e-4, atol=1e-5)
