@@ -17,6 +17,7 @@ from rookery.models.shape import ModelShape
 from rookery.models.state import State
 from rookery.ops import head_loss
 from rookery.ops.linear import Linear
+from rookery.ops.packed import Packing, last, pack
 
 LayerState = tuple[Tensor, Tensor, Tensor]
 """State of one layer: att_shift (B, C), wkv (B, H, N, N), ffn_shift (B, C)."""
@@ -44,8 +45,8 @@ class Mixing(nn.Module):
 
 class TimeMixing(Mixing):
     """Called with the input (B, T, C), its last row before this call (B, C), the recurrent state (B, H, N, N), the
-    kernel to use, and what the time mixing of the block below carried on; returns what to add to the residual stream,
-    the new recurrent state, and what to carry on."""
+    kernel to use, what the time mixing of the block below carried on, and where sequences lie that are packed in one
+    row; returns what to add to the residual stream, the new recurrent state, and what to carry on."""
 
     time_state: nn.Parameter | None
     """Tuned initial state (H, N, N), [value, key], of a state-tuned model."""
@@ -56,14 +57,18 @@ class TimeMixing(Mixing):
 
 
 class ChannelMixing(Mixing):
-    """Called with the input (B, T, C) and its last row before this call (B, C); returns what to add to the residual
-    stream."""
+    """Called with the input (B, T, C), its last row before this call (B, C), and where sequences lie that are packed in
+    one row; returns what to add to the residual stream."""
 
 
 class LanguageModel(nn.Module):
     """Embedding, blocks, head. The same module trains and infers.
 
     Parameters are allocated but not set: load a checkpoint, or call `rookery.models.initialise`.
+
+    Sequences of different lengths can be read in one call, packed one after another into rows of tokens: `lengths`,
+    (S,) int64 on the CPU, are then those of the sequences in the order of the flattened rows, all of whose tokens they
+    cover. Each is read as if it were alone, from its own initial state; the batch of a `State` is then S.
     """
 
     version: str
@@ -95,37 +100,56 @@ class LanguageModel(nn.Module):
         self.ln_out = nn.LayerNorm(shape.n_embd)
         self.head = Linear(shape.n_embd, shape.vocab_size)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits (B, T, V) of `tokens` (B, T), int64, T >= 1, and the state after the last of them."""
-        x, state = self.hidden(tokens, state)
+    def forward(
+        self, tokens: Tensor, state: State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Logits (B, T, V) of `tokens` (B, T), int64, T >= 1, and the state after the last token of each sequence."""
+        x, state = self.hidden(tokens, state, lengths=lengths)
         return self.head(x), state
 
-    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Everything before the head: (B, T, C) after the last LayerNorm, and the state after the last token."""
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Everything before the head: (B, T, C) after the last LayerNorm, and the state after the last token of each
+        sequence."""
+        size, packing = tokens.shape, None
+        if lengths is not None:
+            tokens, packing = pack(tokens, lengths)
         x, carried = self.embed(tokens)
         if state is None:
-            state = self.initial_state(len(tokens), x)
+            state = self.initial_state(len(tokens if packing is None else packing), x)
         states = []
         for layer, block in enumerate(self.blocks):
             before = (state.att_shift[layer], state.wkv[layer], state.ffn_shift[layer])
             if self.grad_cp and self.training:
-                x, after, *carried = checkpoint(block, x, before, self.kernel, *carried, use_reentrant=False)
+                x, after, *carried = checkpoint(
+                    block, x, before, self.kernel, *carried, packing=packing, use_reentrant=False
+                )
             else:
-                x, after, *carried = block(x, before, self.kernel, *carried)
+                x, after, *carried = block(x, before, self.kernel, *carried, packing=packing)
             states.append(after)
         att_shift, wkv, ffn_shift = (torch.stack(part) for part in zip(*states, strict=True))
-        return self.ln_out(x), State(att_shift, wkv, ffn_shift)
+        return self.ln_out(x).view(*size, -1), State(att_shift, wkv, ffn_shift)
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, state: State | None = None, *, l2wrap: bool = True, chunk: int = 0
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        trained: int | None = None,
+        l2wrap: bool = True,
+        chunk: int = 0,
     ) -> tuple[Tensor, State]:
-        """Mean loss over the trained targets as in `rookery.ops.head_loss`, and the state after the last token.
+        """Mean loss over the trained targets, and the state after the last token of each sequence.
 
         Args:
             tokens, targets: (B, T), int64.
+            trained, l2wrap, chunk: as in `rookery.ops.head_loss`.
         """
-        x, state = self.hidden(tokens, state)
-        return head_loss(x, self.head.weight, targets, chunk=chunk, l2wrap=l2wrap), state
+        x, state = self.hidden(tokens, state, lengths=lengths)
+        return head_loss(x, self.head.weight, targets, trained=trained, chunk=chunk, l2wrap=l2wrap), state
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What enters the first block, (B, T, C), and what blocks carry on beside it."""
@@ -169,17 +193,17 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, before: LayerState, kernel: str, *carried: Tensor
+        self, x: Tensor, before: LayerState, kernel: str, *carried: Tensor, packing: Packing | None = None
     ) -> tuple[Tensor, LayerState, *tuple[Tensor, ...]]:
-        """The residual stream after this block, the layer's state after the last token, and what time mixing carries to
-        the next block (the first values, in RWKV-7)."""
+        """The residual stream after this block, the layer's state after the last token of each sequence, and what time
+        mixing carries to the next block (the first values, in RWKV-7)."""
         att_shift, wkv, ffn_shift = before
         att_in = self.ln1(x)
-        y, wkv, *carried_on = self.att(att_in, att_shift, wkv, kernel, *carried)
+        y, wkv, *carried_on = self.att(att_in, att_shift, wkv, kernel, *carried, packing=packing)
         x = F.dropout(x + y, self.dropout, self.training)
         ffn_in = self.ln2(x)
-        x = F.dropout(x + self.ffn(ffn_in, ffn_shift), self.dropout, self.training)
-        return x, (att_in[:, -1], wkv, ffn_in[:, -1]), *carried_on
+        x = F.dropout(x + self.ffn(ffn_in, ffn_shift, packing=packing), self.dropout, self.training)
+        return x, (last(att_in, packing), wkv, last(ffn_in, packing)), *carried_on
 
     def initialise(self, generator: torch.Generator) -> None:
         for norm in (m for m in self.children() if isinstance(m, nn.LayerNorm)):
@@ -193,11 +217,6 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Values come from a checkpoint or from the model's own rules."""
-
-
-def previous(x: Tensor, before: Tensor) -> Tensor:
-    """`x` (B, T, C) one token later, beginning with `before` (B, C)."""
-    return torch.cat([before[:, None], x[:, :-1]], dim=1)
 
 
 def vector(channels: int) -> nn.Parameter:

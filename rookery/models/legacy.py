@@ -23,6 +23,7 @@ from rookery.models.shape import ModelShape
 from rookery.models.state import State
 from rookery.ops.head_loss import logits_loss
 from rookery.ops.linear import Linear
+from rookery.ops.packed import Packing, last
 
 
 class LegacyBlock(Block):
@@ -46,27 +47,29 @@ class LegacyBlock(Block):
             self.tiny_v = Linear(C, C)
 
     def forward(
-        self, x: Tensor, before: LayerState, kernel: str, *carried: Tensor
+        self, x: Tensor, before: LayerState, kernel: str, *carried: Tensor, packing: Packing | None = None
     ) -> tuple[Tensor, LayerState, *tuple[Tensor, ...]]:
         (embedding,) = carried
         if self.pre_ffn:
-            x, after = self._with_two_channel_mixings(x, before)
+            x, after = self._with_two_channel_mixings(x, before, packing)
         else:
-            x, after, *_nothing = super().forward(x, before, kernel)
+            x, after, *_nothing = super().forward(x, before, kernel, packing=packing)
         if self.tiny_att:
             z = self.tiny_ln(x)
             q, k = self.tiny_q(z), self.tiny_k(z)
             x = x + (q @ k.mT * q.shape[-1] ** -0.5).tril() @ self.tiny_v(embedding)
         return x, after, embedding
 
-    def _with_two_channel_mixings(self, x: Tensor, before: LayerState) -> tuple[Tensor, LayerState]:
+    def _with_two_channel_mixings(
+        self, x: Tensor, before: LayerState, packing: Packing | None
+    ) -> tuple[Tensor, LayerState]:
         """Like a plain block, `ffnPre` in the place of time mixing."""
         pre_shift, wkv, ffn_shift = before
         pre_in = self.ln1(x)
-        x = F.dropout(x + self.ffnPre(pre_in, pre_shift), self.dropout, self.training)
+        x = F.dropout(x + self.ffnPre(pre_in, pre_shift, packing=packing), self.dropout, self.training)
         ffn_in = self.ln2(x)
-        x = F.dropout(x + self.ffn(ffn_in, ffn_shift), self.dropout, self.training)
-        return x, (pre_in[:, -1], wkv, ffn_in[:, -1])
+        x = F.dropout(x + self.ffn(ffn_in, ffn_shift, packing=packing), self.dropout, self.training)
+        return x, (last(pre_in, packing), wkv, last(ffn_in, packing))
 
     def positions(self, T: int) -> Tensor:
         """Embedding of the first T positions, (T, C)."""
@@ -111,8 +114,10 @@ class Legacy(LanguageModel):
             self.head_q = Linear(C, parts.head_qk)
             self.head_k = Linear(C, parts.head_qk)
 
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        x, state = self.hidden(tokens, state)
+    def forward(
+        self, tokens: Tensor, state: State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        x, state = self.hidden(tokens, state, lengths=lengths)
         logits = self.head(x)
         if self.shape.parts.head_qk:
             q, k = self.head_q(x), self.head_k(x)
@@ -123,23 +128,41 @@ class Legacy(LanguageModel):
         return logits, state
 
     def loss(
-        self, tokens: Tensor, targets: Tensor, state: State | None = None, *, l2wrap: bool = True, chunk: int = 0
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        trained: int | None = None,
+        l2wrap: bool = True,
+        chunk: int = 0,
     ) -> tuple[Tensor, State]:
         if not self.shape.parts.head_qk:
-            return super().loss(tokens, targets, state, l2wrap=l2wrap, chunk=chunk)
-        logits, state = self(tokens, state)
+            return super().loss(tokens, targets, state, lengths=lengths, trained=trained, l2wrap=l2wrap, chunk=chunk)
+        logits, state = self(tokens, state, lengths=lengths)
         return logits_loss(logits, targets, l2wrap=l2wrap), state
 
-    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         parts = self.shape.parts
-        if state is not None and (parts.head_qk or parts.tiny_att_dim or parts.my_pos_emb):
-            raise UserError(
-                _(
-                    "this model has head_qk, tiny attention or a position embedding: it looks at a whole text at once "
-                    "and cannot go on from a state"
+        if parts.head_qk or parts.tiny_att_dim or parts.my_pos_emb:
+            if state is not None:
+                raise UserError(
+                    _(
+                        "this model has head_qk, tiny attention or a position embedding: it looks at a whole text at "
+                        "once and cannot go on from a state"
+                    )
                 )
-            )
-        return super().hidden(tokens, state)
+            if lengths is not None:
+                raise UserError(
+                    _(
+                        "this model has head_qk, tiny attention or a position embedding: it looks at a whole sample at "
+                        "once, in which several documents cannot be packed. Use --dataload get, pad or only."
+                    )
+                )
+        return super().hidden(tokens, state, lengths=lengths)
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         embedding = self.emb(tokens)

@@ -21,6 +21,7 @@ from rookery.models.common import (
 from rookery.models.shape import ModelShape
 from rookery.ops import relu_square, token_shift, wkv5
 from rookery.ops.linear import Linear
+from rookery.ops.packed import Packing
 
 
 class RWKV5(LanguageModel):
@@ -49,15 +50,17 @@ class TimeMix(TimeMixing):
         self.output = Linear(A, C)
         self.ln_x = nn.GroupNorm(H, A, eps=shape.group_norm_eps)
 
-    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str, *, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         heads = (B, T, *self.time_faaaa.shape)
         # time_mix is the share of the token itself, not of the one before.
         mixes = (1 - self.time_mix_r, 1 - self.time_mix_k, 1 - self.time_mix_v, 1 - self.time_mix_g)
-        xr, xk, xv, xg = token_shift(x, shift, *mixes)
+        xr, xk, xv, xg = token_shift(x, shift, *mixes, packing=packing)
         r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
         g = F.silu(self.gate(xg))
-        y, wkv = wkv5(r, self.time_decay, k, v, self.time_faaaa, wkv, backend=kernel)
+        y, wkv = wkv5(r, self.time_decay, k, v, self.time_faaaa, wkv, backend=kernel, packing=packing)
         y = self.ln_x(y.view(B * T, -1)).view(B, T, -1)
         return self.output(y * g), wkv
 
@@ -91,8 +94,8 @@ class ChannelMix(ChannelMixing):
         self.receptance = Linear(C, C)
         self.value = Linear(F, C)
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        xk, xr = token_shift(x, shift, 1 - self.time_mix_k, 1 - self.time_mix_r)
+    def forward(self, x: Tensor, shift: Tensor, *, packing: Packing | None = None) -> Tensor:
+        xk, xr = token_shift(x, shift, 1 - self.time_mix_k, 1 - self.time_mix_r, packing=packing)
         return torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk)))
 
     def initialise(self, generator: torch.Generator) -> None:

@@ -15,7 +15,6 @@ from rookery.models.common import (
     TimeMixing,
     matrix,
     orthogonal_,
-    previous,
     set_,
     vector,
 )
@@ -23,6 +22,7 @@ from rookery.models.rwkv5 import initial_bonus, initial_decay
 from rookery.models.shape import ModelShape
 from rookery.ops import linear, relu_square, token_shift, wkv6
 from rookery.ops.linear import Linear
+from rookery.ops.packed import Packing, previous
 
 
 class RWKV6(LanguageModel):
@@ -55,10 +55,12 @@ class TimeMix(TimeMixing):
         self.output = Linear(A, C)
         self.ln_x = nn.GroupNorm(H, A, eps=shape.group_norm_eps)
 
-    def forward(self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str, *, packing: Packing | None = None
+    ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         heads = (B, T, *self.time_faaaa.shape)
-        difference = previous(x, shift) - x
+        difference = previous(x, shift, packing) - x
         low = torch.tanh(linear(torch.addcmul(x, difference, self.time_maa_x), self.time_maa_w1.T))
         of_w, of_k, of_v, of_r, of_g = torch.einsum("btjd,jdc->jbtc", low.unflatten(-1, (5, -1)), self.time_maa_w2)
 
@@ -69,7 +71,7 @@ class TimeMix(TimeMixing):
         xw = torch.addcmul(x, difference, self.time_maa_w + of_w)
         w = self.time_decay + linear(torch.tanh(linear(xw, self.time_decay_w1.T)), self.time_decay_w2.T)
 
-        y, wkv = wkv6(r, w.view(heads), k, v, self.time_faaaa, wkv, backend=kernel)
+        y, wkv = wkv6(r, w.view(heads), k, v, self.time_faaaa, wkv, backend=kernel, packing=packing)
         y = self.ln_x(y.view(B * T, -1)).view(B, T, -1)
         return self.output(y * g), wkv
 
@@ -107,8 +109,8 @@ class ChannelMix(ChannelMixing):
         self.receptance = Linear(C, C)
         self.value = Linear(F, C)
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        xk, xr = token_shift(x, shift, self.time_maa_k, self.time_maa_r)
+    def forward(self, x: Tensor, shift: Tensor, *, packing: Packing | None = None) -> Tensor:
+        xk, xr = token_shift(x, shift, self.time_maa_k, self.time_maa_r, packing=packing)
         return torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk)))
 
     def initialise(self, generator: torch.Generator) -> None:

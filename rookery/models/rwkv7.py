@@ -22,6 +22,7 @@ from rookery.models.common import (
 from rookery.models.shape import ModelShape
 from rookery.ops import linear, mix7, relu_square, token_shift
 from rookery.ops.linear import Linear
+from rookery.ops.packed import Packing
 
 
 class RWKV7(LanguageModel):
@@ -53,11 +54,19 @@ class TimeMix(TimeMixing):
         self.ln_x = nn.GroupNorm(H, C, eps=shape.group_norm_eps)
 
     def forward(
-        self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str, v_first: Tensor | None = None
+        self,
+        x: Tensor,
+        shift: Tensor,
+        wkv: Tensor,
+        kernel: str,
+        v_first: Tensor | None = None,
+        *,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What to add to the residual stream, the state after the last token, and block 0's values, which the other
         blocks mix into theirs."""
-        xr, xw, xk, xv, xa, xg = token_shift(x, shift, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        xr, xw, xk, xv, xa, xg = token_shift(x, shift, *mixes, packing=packing)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = self.w0 + linear(torch.tanh(linear(xw, self.w1.T)), self.w2.T)
         a = torch.sigmoid(self.a0 + linear(linear(xa, self.a1.T), self.a2.T))
@@ -68,7 +77,7 @@ class TimeMix(TimeMixing):
             v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + linear(linear(xv, self.v1.T), self.v2.T)))
         y, wkv = mix7(
             r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias, wkv,
-            eps=self.ln_x.eps, kernel=kernel,
+            eps=self.ln_x.eps, kernel=kernel, packing=packing,
         )  # fmt: skip
         return self.output(y), wkv, v_first
 
@@ -112,8 +121,8 @@ class ChannelMix(ChannelMixing):
         self.key = Linear(shape.n_embd, shape.dim_ffn)
         self.value = Linear(shape.dim_ffn, shape.n_embd)
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        (xk,) = token_shift(x, shift, self.x_k)
+    def forward(self, x: Tensor, shift: Tensor, *, packing: Packing | None = None) -> Tensor:
+        (xk,) = token_shift(x, shift, self.x_k, packing=packing)
         return self.value(relu_square(self.key(xk)))
 
     def initialise(self, generator: torch.Generator) -> None:

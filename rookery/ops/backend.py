@@ -21,6 +21,12 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def tracked(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`tensors` for an autograd function, which is told of a parameter that it needs a gradient even where no gradients
+    are recorded, and would keep what only they need."""
+    return tensors if torch.is_grad_enabled() else tuple(tensor.detach() for tensor in tensors)
+
+
 @dataclass(frozen=True)
 class Call:
     """The facts of a call that decide which back-end may serve it."""

@@ -17,20 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rookery.ops.backend import exact_dtype
+from rookery.ops.backend import exact_dtype, tracked
 
 L2WRAP = 1e-4
 CHUNK_BYTES = 64 << 20
 """Size of the logits of one chunk when `chunk` is not given."""
 
 
-def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 0, l2wrap: bool = True) -> Tensor:
+def head_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, *, trained: int | None = None, chunk: int = 0, l2wrap: bool = True
+) -> Tensor:
     """Mean cross-entropy over the trained targets.
 
     Args:
         x: output of the last LayerNorm, (..., C).
         weight: head matrix (V, C), same dtype as `x`.
         targets: token ids (...), int64; -100 marks a position that is not trained. Such rows cost nothing.
+        trained: number of trained targets, if it is known: a GPU is then not waited for to count them.
         chunk: rows whose logits exist at one time; 0 chooses.
         l2wrap: add the L2 term on the largest logit to the gradient.
 
@@ -42,7 +45,7 @@ def head_loss(x: Tensor, weight: Tensor, targets: Tensor, *, chunk: int = 0, l2w
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     rows = chunk or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    return _HeadLoss.apply(x, weight, targets, rows, L2WRAP if l2wrap else 0.0)
+    return _HeadLoss.apply(*tracked(x, weight), targets, trained, rows, L2WRAP if l2wrap else 0.0)
 
 
 def head_loss_plain(x: Tensor, weight: Tensor, targets: Tensor, *, l2wrap: bool = True) -> Tensor:
@@ -67,18 +70,19 @@ def logits_loss(logits: Tensor, targets: Tensor, *, l2wrap: bool = True) -> Tens
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, l2wrap: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, trained: int | None, chunk: int, l2wrap: float
+    ) -> Tensor:
         flat_x, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        trained = (flat_targets != -100).nonzero().squeeze(-1)
-        n = len(trained)
-        everything = n == len(flat_targets)
+        chosen = _trained_rows(flat_targets, trained)
+        n = len(flat_targets) if chosen is None else len(chosen)
         exact = exact_dtype(x.dtype)
         loss = torch.zeros((), dtype=exact, device=x.device)
         need_x, need_weight = ctx.needs_input_grad[:2]
         dx = torch.zeros_like(flat_x) if need_x else None
         dweight = torch.zeros_like(weight, dtype=exact) if need_weight else None
         for start in range(0, n, chunk):
-            rows = slice(start, start + chunk) if everything else trained[start : start + chunk]
+            rows = slice(start, start + chunk) if chosen is None else chosen[start : start + chunk]
             x_rows, target_rows = flat_x[rows], flat_targets[rows, None]
             logits = F.linear(x_rows, weight).to(exact)
             lse = logits.logsumexp(dim=-1, keepdim=True)
@@ -105,4 +109,15 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         scale = upstream / ctx.rows
         dx, dweight = (None if grad is None else (grad * scale).to(grad.dtype) for grad in ctx.saved_tensors)
-        return dx, dweight, None, None, None
+        return dx, dweight, None, None, None, None
+
+
+def _trained_rows(targets: Tensor, number: int | None) -> Tensor | None:
+    """The rows with a target, `number` of them if that is known; None stands for all rows."""
+    if number is None:
+        rows = (targets != -100).nonzero().squeeze(-1)
+        return None if len(rows) == len(targets) else rows
+    if number == len(targets):
+        return None
+    # Sorted, because a GPU would have to be waited for to learn how many rows a search has found.
+    return (targets == -100).byte().argsort(stable=True)[:number]

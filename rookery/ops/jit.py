@@ -44,8 +44,8 @@ outer = njit(fastmath=FAST, cache=True, nogil=True)
 def share_out(function: Callable[..., None], work: int | np.ndarray, *args: Any) -> None:
     """Call `function(first, last, *args)` over all pieces of work, shared among as many threads as PyTorch uses.
 
-    `work` is the number of equal pieces, or how much work each of them is. Plain threads rather than Numba's: its OpenMP pool is
-    another one than PyTorch's, and each spins on the processor while the other works.
+    `work` is the number of equal pieces, or how much work each of them is. The threads are plain ones rather than
+    Numba's: its OpenMP pool is another one than PyTorch's, and each spins on the processor while the other works.
     """
     done = np.arange(1, work + 1) if isinstance(work, int) else work.cumsum()
     threads = min(torch.get_num_threads(), len(done))

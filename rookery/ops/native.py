@@ -42,19 +42,13 @@ def bounds_of(x: Tensor, packing: Packing | None) -> np.ndarray:
 
 
 def chunks_of(bounds: np.ndarray, size: int) -> np.ndarray:
-    """The sequences cut into chunks of at most `size` tokens: chunks[i] to chunks[i + 1] - 1 are those of sequence i."""
+    """The sequences cut into chunks of `size` tokens: chunks[i] to chunks[i + 1] - 1 are those of sequence i."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-np.diff(bounds) // size))])
 
 
 def work_of(bounds: np.ndarray, heads: int) -> np.ndarray:
     """Tokens of each piece of work, a piece being one head of one sequence."""
     return np.diff(bounds).repeat(heads)
-
-
-def tracked(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """`tensors` for an autograd function, which is told of a parameter that it needs a gradient even where no gradients
-    are recorded, and would keep what only they need."""
-    return tensors if torch.is_grad_enabled() else tuple(tensor.detach() for tensor in tensors)
 
 
 def transposed(states: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rookery.ops.backend import exact_dtype
-from rookery.ops.native import bounds_of, chunks_of, tracked, transposed, work_of
+from rookery.ops.backend import exact_dtype, tracked
+from rookery.ops.native import bounds_of, chunks_of, transposed, work_of
 from rookery.ops.packed import Packing
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
