@@ -1,6 +1,15 @@
 """Adapters: LoRA, rsLoRA, DoRA, PiSSA and MiSS on a frozen model."""
 
-from rookery.adapters.attach import Attached, adapter_tensors, attach, attached, detach, enable, find_targets
+from rookery.adapters.attach import (
+    Attached,
+    adapter_tensors,
+    attach,
+    attached,
+    detach,
+    enable,
+    find_targets,
+    initial_factors,
+)
 from rookery.adapters.config import AdapterConfig, in_parts
 from rookery.adapters.methods import Method, create
 
@@ -16,4 +25,5 @@ __all__ = [
     "enable",
     "find_targets",
     "in_parts",
+    "initial_factors",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rookery.adapters.config import AdapterConfig, in_parts
-from rookery.adapters.methods import create
+from rookery.adapters.methods import PiSSA, create
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.models import Model
@@ -40,15 +40,19 @@ def attach(
     seed: int = 0,
     *,
     tensors: Mapping[str, Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Add an adapter to a model. From then on only it trains; what was there is frozen.
 
-    A new adapter changes nothing. Quantise the base after this call, so that the adapter sees the unrounded weights.
+    A new adapter changes nothing. To have a quantised base, quantise it after this call, with `initial_factors`: the
+    adapter then begins with the unrounded weights.
 
     Args:
         name: letters, digits and underscores; the adapter's parameters are `blocks.0.att.key.adapters.NAME.lora_A`.
         seed: of a new adapter's initial values.
-        tensors: values of a trained adapter, named as `adapter_tensors` names them.
+        tensors: values of a trained adapter, named as `adapter_tensors` names them. Base parameters among them are its
+            own, whatever `train_parts` says.
+        weights: a checkpoint's tensors by name, of which the matrices are used where the model's own are not set yet.
 
     Raises:
         UserError: the model has no such matrices, the tensors do not fit it, or another adapter has the same name or
@@ -59,12 +63,13 @@ def attach(
         raise UserError(_("an adapter cannot be called {name}: the name is taken, or no plain word", name=name))
     targets = dict(find_targets(model, config.targets))
     methods = {path: create(config, linear.in_features, linear.out_features) for path, linear in targets.items()}
-    whole = {key: p for key, p in model.named_parameters() if in_parts(key, config.train_parts)}
+    given = tensors or {}
+    whole = {k: p for k, p in model.named_parameters() if in_parts(k, config.train_parts) or k in given}
     taken = sorted(whole.keys() & {key for other in registry.values() for key in other.other})
     if taken:
         raise UserError(_("{parameter} belongs to an adapter of this model already", parameter=taken[0]))
     if tensors is not None:
-        expected = {key: tuple(p.shape) for key, p in whole.items()}
+        expected = {key: tuple(p.shape) for key, p in whole.items() if key in tensors}
         expected |= {f"{path}.{part}": shape for path, m in methods.items() for part, shape in m.shapes().items()}
         _check(expected, tensors)
 
@@ -72,12 +77,13 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     for path, method in methods.items():
         linear = targets[path]
+        weight = linear.dense() if weights is None else weights[f"{path}.weight"].to(like.device)
         if tensors is None:
             method.to_empty(device="cpu")
-            method.initialise(linear, generator)
+            method.initialise(weight, generator)
         else:
             method.assign({part: tensors[f"{path}.{part}"].clone() for part in method.shapes()})
-        method.bind(linear)
+        method.bind(weight)
         linear.adapters[name] = method.to(like.device, like.dtype).train(linear.training)
     registry[name] = Attached(config, other={key: p.detach().clone() for key, p in whole.items()})
     model.requires_grad_(False)
@@ -85,8 +91,8 @@ def attach(
         method.requires_grad_(True)
     for key, parameter in whole.items():
         parameter.requires_grad_(True)
-        if tensors is not None:
-            parameter.data.copy_(tensors[key])
+        if key in given:
+            parameter.data.copy_(given[key])
 
 
 def detach(model: Model, name: str = "default") -> None:
@@ -113,13 +119,28 @@ def enable(model: Model, name: str, enabled: bool = True) -> None:
         parameter.data.copy_(value)
 
 
-def adapter_tensors(weights: Mapping[str, Tensor], config: AdapterConfig, name: str = "default") -> dict[str, Tensor]:
-    """What a file of the adapter holds, under RWKV-PEFT's names, from a model's `state_dict` or a trainer's masters put
-    over it: `blocks.0.att.key.lora_A`, and the whole base parameters of `train_parts`."""
-    place = f".adapters.{name}."
-    own = {key.replace(place, "."): tensor for key, tensor in weights.items() if place in key}
-    whole = {key: t for key, t in weights.items() if ".adapters." not in key and in_parts(key, config.train_parts)}
-    return own | whole
+def adapter_tensors(
+    model: Model, name: str = "default", weights: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What a file of the adapter holds, under RWKV-PEFT's names: `blocks.0.att.key.lora_A`, and the base parameters
+    that it has as a whole.
+
+    Args:
+        weights: names and tensors as in the model's `state_dict`, to take instead of the model's own: the unrounded
+            ones of a trainer.
+    """
+    adapter, place = attached(model)[name], f".adapters.{name}."
+    tensors = model.state_dict() | dict(weights or {})
+    own = {key.replace(place, "."): tensor for key, tensor in tensors.items() if place in key}
+    return own | {key: tensors[key] if adapter.enabled else value for key, value in adapter.other.items()}
+
+
+def initial_factors(model: Model, name: str = "default") -> dict[str, tuple[Tensor, Tensor]]:
+    """Matrix -> the A (r, in) and B (out, r) that a pissa began with, for `rookery.quant.quantise`; of any other method
+    none."""
+    matrices = {path: m for path, m in model.named_modules() if isinstance(m, Linear) and name in m.adapters}
+    methods = {path: matrix.adapters[name] for path, matrix in matrices.items()}
+    return {path: (m.init_lora_A, m.init_lora_B) for path, m in methods.items() if isinstance(m, PiSSA)}
 
 
 def find_targets(model: Model, targets: tuple[str, ...] | None) -> Iterator[tuple[str, Linear]]:

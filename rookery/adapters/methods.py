@@ -32,8 +32,8 @@ class Method(Adapter):
         super().__init__()
         self.config = config
 
-    def initialise(self, linear: Linear, generator: torch.Generator) -> None:
-        """Set the values that training begins with, on the CPU."""
+    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
+        """Set the values that training begins with beside `weight` (out, in); on the CPU, or where the weight is."""
         raise NotImplementedError
 
     def merged(self, weight: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ class Method(Adapter):
         in the wider of the weight's and the adapter's dtype."""
         raise NotImplementedError
 
-    def bind(self, linear: Linear) -> None:
-        """Take down what is needed of the matrix that the adapter is added to."""
+    def bind(self, weight: Tensor) -> None:
+        """Take down what is needed of the matrix (out, in) that the adapter is added to."""
 
     def assign(self, tensors: Mapping[str, Tensor]) -> None:
         """Set all parameters and buffers; shapes are the caller's to check."""
@@ -75,9 +75,9 @@ class LoRA(Method):
         self.lora_B = nn.Parameter(torch.empty(out_features, config.r))
 
     @torch.no_grad()
-    def initialise(self, linear: Linear, generator: torch.Generator) -> None:
+    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
         # Kaiming-uniform with a = sqrt(5).
-        bound = linear.in_features**-0.5
+        bound = weight.shape[1] ** -0.5
         self.lora_A.uniform_(-bound, bound, generator=generator)
         self.lora_B.zero_()
 
@@ -115,12 +115,12 @@ class DoRA(LoRA):
         self._factor: tuple[tuple[Any, ...], Tensor] | None = None
 
     @torch.no_grad()
-    def initialise(self, linear: Linear, generator: torch.Generator) -> None:
-        super().initialise(linear, generator)
-        self.assign({"lora_magnitude_vector": _row_norms(linear.dense())})
+    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
+        super().initialise(weight, generator)
+        self.assign({"lora_magnitude_vector": _row_norms(weight)})
 
-    def bind(self, linear: Linear) -> None:
-        self.base_norm = _row_norms(linear.dense())
+    def bind(self, weight: Tensor) -> None:
+        self.base_norm = _row_norms(weight)
 
     def forward(self, x: Tensor, moved: Tensor | None, y: Tensor | None, linear: Linear) -> Tensor:
         seen = self.dropped(x)
@@ -188,8 +188,8 @@ class PiSSA(Method):
             )
 
     @torch.no_grad()
-    def initialise(self, linear: Linear, generator: torch.Generator) -> None:
-        A, B = low_rank(linear.dense(), self.config.r, self.config.svd_niter, generator)
+    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
+        A, B = low_rank(weight, self.config.r, self.config.svd_niter, generator)
         self.assign({"lora_A": A.clone(), "lora_B": B.clone(), "init_lora_A": A, "init_lora_B": B})
 
     def forward(self, x: Tensor, moved: Tensor | None, y: Tensor | None, linear: Linear) -> Tensor:
@@ -221,7 +221,7 @@ class Bone(Method):
         self.disha = nn.Parameter(torch.empty(config.r, out_features))
 
     @torch.no_grad()
-    def initialise(self, linear: Linear, generator: torch.Generator) -> None:
+    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
         self.disha.zero_()
 
     def forward(self, x: Tensor, moved: Tensor | None, y: Tensor | None, linear: Linear) -> Tensor:
@@ -265,7 +265,7 @@ class Bat(Method):
         self.disha = nn.Parameter(torch.empty(blocks, r, r))
 
     @torch.no_grad()
-    def initialise(self, linear: Linear, generator: torch.Generator) -> None:
+    def initialise(self, weight: Tensor, generator: torch.Generator) -> None:
         self.disha.zero_()
 
     def input_delta(self, x: Tensor) -> Tensor | None:
