@@ -35,15 +35,19 @@ class State:
             torch.zeros(shift, device=device, dtype=dtype),
         )
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.att_shift, self.wkv, self.ffn_shift
+
     def detach(self) -> State:
-        return State(self.att_shift.detach(), self.wkv.detach(), self.ffn_shift.detach())
+        return State(*(x.detach() for x in self.tensors))
 
     def clone(self) -> State:
-        return State(self.att_shift.clone(), self.wkv.clone(), self.ffn_shift.clone())
+        return State(*(x.clone() for x in self.tensors))
 
     def to(self, device: torch.device | str) -> State:
-        return State(self.att_shift.to(device), self.wkv.to(device), self.ffn_shift.to(device))
+        return State(*(x.to(device) for x in self.tensors))
 
     def select(self, rows: Tensor | slice) -> State:
         """The sequences `rows` of the batch."""
-        return State(self.att_shift[:, rows], self.wkv[:, rows], self.ffn_shift[:, rows])
+        return State(*(x[:, rows] for x in self.tensors))

@@ -60,17 +60,18 @@ def batches(
         )
     else:
         read = map(open_samples().batch, groups)
-    for first, (tokens, targets, _lengths) in zip(count(first_sample, micro_bsz * world_size), read, strict=False):
-        yield to_device(tokens, targets, first, device)
+    for first, arrays in zip(count(first_sample, micro_bsz * world_size), read, strict=False):
+        yield to_device(arrays, first, device)
 
 
-def to_device(tokens: np.ndarray, targets: np.ndarray, first_sample: int, device: torch.device) -> Batch:
-    """The arrays of `Samples.batch` as a batch on `device`; a GPU's copy is not waited for."""
+def to_device(arrays: Arrays, first_sample: int, device: torch.device) -> Batch:
+    """What `Samples.batch` gave as a batch on `device`; a GPU's copy is not waited for."""
+    tokens, targets, lengths = arrays
     trained = int((targets != -100).sum())
-    pair = [torch.from_numpy(array) for array in (tokens, targets)]
+    x, y = (torch.from_numpy(array) for array in (tokens, targets))
     if device.type == "cuda":
-        pair = [tensor.pin_memory().to(device, non_blocking=True) for tensor in pair]
-    return Batch(pair[0], pair[1], trained, first_sample)
+        x, y = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (x, y))
+    return Batch(x, y, trained, first_sample, None if lengths is None else torch.from_numpy(lengths))
 
 
 def _groups(numbers: Iterator[int], size: int) -> Iterator[list[int]]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,12 +14,13 @@ from rookery.train.loop import Batch, LossFunction, Step
 
 
 def save_batch(step: Step, folder: Path) -> Path:
-    """Writes nan-batch-step-N.safetensors: `tokens` and `targets`, (sequences, T) int64, of the whole step."""
+    """Writes nan-batch-step-N.safetensors: for each forward pass i of the step `tokens.i` and `targets.i`, (B, T)
+    int64, and, where sequences are packed in the rows, `lengths.i`, (S,) int64."""
     file = folder / f"nan-batch-step-{step.number}.safetensors"
-    tensors = {
-        "tokens": torch.cat([batch.tokens for batch in step.batches]).cpu(),
-        "targets": torch.cat([batch.targets for batch in step.batches]).cpu(),
-    }
+    tensors: dict[str, Tensor] = {}
+    for i, batch in enumerate(step.batches):
+        named = {"tokens": batch.tokens, "targets": batch.targets, "lengths": batch.lengths}
+        tensors |= {f"{name}.{i}": x.cpu().contiguous() for name, x in named.items() if x is not None}
     metadata = {
         "step": str(step.number),
         "first_sample": str(step.batches[0].first_sample),
@@ -63,11 +63,12 @@ def _bad_activation(model: nn.Module, loss_function: LossFunction, batch: Batch)
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         model.zero_grad(set_to_none=True)
-        loss = loss_function(model, batch.tokens, batch.targets)
-        if not bad and not _finite(loss):
-            bad.append("loss")
-        if not bad:
-            loss.backward()
+        for part in loss_function(model, batch):
+            if not bad and not _finite(part.loss):
+                bad.append("loss")
+            if bad:
+                break
+            part.loss.backward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,6 +24,18 @@ class Batch:
     """Targets that are trained, counted before they went to the device."""
     first_sample: int
     """Index of the first sample, counted over the whole training."""
+    lengths: Tensor | None = None
+    """(S,) int64 on the CPU: of the sequences packed one after another into the rows; None = each row is one."""
+
+
+class Part(NamedTuple):
+    """A loss to backpropagate."""
+
+    loss: Tensor
+    """0-dim mean over the part's trained targets."""
+    trained: int
+    last: bool
+    """Whether no other part of the batch follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +52,8 @@ class Step:
     batches: Sequence[Batch]
 
 
-LossFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, tokens, targets) -> 0-dim mean loss over the trained targets."""
+LossFunction = Callable[[nn.Module, Batch], Iterator[Part]]
+"""The loss of a batch, whole or in parts, each of which is backpropagated before the next is computed."""
 
 
 def fit(
@@ -71,8 +84,9 @@ def fit(
         # Shares of all forward passes of all ranks add up to world_size, because engines average over ranks.
         share = engine.world_size / max(1, engine.total(sum(batch.trained for batch in group)))
         for i, batch in enumerate(group):
-            loss = loss_function(engine.model, batch.tokens, batch.targets)
-            engine.backward(loss, weight=batch.trained * share, last=i == accumulate - 1)
+            for part in loss_function(engine.model, batch):
+                last = part.last and i == accumulate - 1
+                engine.backward(part.loss, weight=part.trained * share, last=last)
         loss, grad_norm = engine.step(rates)
         done = Step(number + 1, loss, grad_norm, rates, group)
         for callback in after_step:

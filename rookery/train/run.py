@@ -6,7 +6,7 @@ import errno
 import math
 import random
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rookery.config import Origins, Resolved, TrainConfig, differences, parse, resolve, to_toml
-from rookery.config.tree import DataSection
+from rookery.config.tree import DataSection, RunSection
 from rookery.data import Dataset, open_dataset
 from rookery.errors import Interrupted, UserError
 from rookery.formats import write_pth
@@ -28,9 +28,10 @@ from rookery.train import checkpoint, divergence
 from rookery.train.batches import batches
 from rookery.train.callbacks import Callback, MetricsFile, Observers, RunFacts, StatusFile, flat
 from rookery.train.device import describe, device_facts, keep_freed_memory
+from rookery.train.infctx import chunk_losses
 from rookery.train.interrupt import StopRequest
 from rookery.train.keeper import Keeper, Progress
-from rookery.train.loop import LossFunction, fit
+from rookery.train.loop import Batch, LossFunction, Part, fit
 from rookery.train.monitor import Diverged, Monitor
 from rookery.train.optim import build_optimizer, parameter_groups
 from rookery.train.precision import DTYPES, set_matmul_precision
@@ -293,7 +294,7 @@ def _train(
     _log_new_run(config, rundir)
     observers.add(MetricsFile(rundir.metrics_file, config.log.log_every))
 
-    loss_function = partial(language_loss, chunk=run.head_chunk)
+    loss_function = _loss_function(run)
     monitor = Monitor(engine, observers.on_record, tokens_per_step=tokens_per_step, total_steps=schedule.total_steps)
     keeper = Keeper(
         config,
@@ -377,16 +378,23 @@ def _validator(
     return lambda: validation.loss(engine.model, loss_function, lambda: stop.made)
 
 
-def language_loss(model: nn.Module, tokens: Tensor, targets: Tensor, *, chunk: int = 0) -> Tensor:
-    """Mean cross-entropy of the next token over the trained targets.
+def language_loss(model: nn.Module, batch: Batch, *, chunk: int = 0) -> Iterator[Part]:
+    """Mean cross-entropy of the next token over the trained targets of a batch, in one part.
 
     Args:
         model: any generation.
-        tokens, targets: (B, T) int64; target -100 = not trained.
         chunk: rows whose logits exist at one time; 0 chooses.
     """
-    loss, _state = model.loss(tokens, targets, chunk=chunk)  # type: ignore[operator]
-    return loss
+    loss, _state = model.loss(  # type: ignore[operator]
+        batch.tokens, batch.targets, lengths=batch.lengths, trained=batch.trained, chunk=chunk
+    )
+    yield Part(loss, batch.trained, last=True)
+
+
+def _loss_function(run: RunSection) -> LossFunction:
+    if run.train_type == "normal":
+        return partial(language_loss, chunk=run.head_chunk)
+    return partial(chunk_losses, chunk_ctx=run.chunk_ctx, full=run.infctx_grad == "full", chunk=run.head_chunk)
 
 
 def _explain(error: Diverged, engine: Engine, loss_function: LossFunction, rundir: RunDir) -> str:

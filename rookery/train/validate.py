@@ -29,7 +29,7 @@ class Validation:
             for batch in self._batches():
                 if interrupted():
                     return None
-                total += loss_function(model, batch.tokens, batch.targets).item() * batch.trained
+                total += sum(part.loss.item() * part.trained for part in loss_function(model, batch))
                 trained += batch.trained
         finally:
             model.train()
@@ -39,5 +39,4 @@ class Validation:
         samples = self._dataset.facts.samples
         for first in range(0, samples, self._batch_size):
             numbers = range(first, min(first + self._batch_size, samples))
-            tokens, targets, _lengths = self._dataset.batch(numbers)
-            yield to_device(tokens, targets, first, self._device)
+            yield to_device(self._dataset.batch(numbers), first, self._device)

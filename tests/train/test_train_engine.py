@@ -118,8 +118,9 @@ def test_fp16_overflow_halves_the_scale_and_leaves_the_step_out():
     scale = engine.state_dict()["loss_scale"]["scale"]
     before = {name: w.clone() for name, w in engine.weights(master=True).items()}
 
-    def steep(model, tokens, targets):
-        return language_loss(model, tokens, targets) * 1e5
+    def steep(model, batch):
+        for part in language_loss(model, batch):
+            yield part._replace(loss=part.loss * 1e5)
 
     (step,) = train(engine, [batch_of(random_tokens(2))], [0], loss_function=steep)
     assert not step.grad_norm.isfinite()
@@ -137,8 +138,9 @@ def test_nothing_is_updated_from_the_first_bad_step_on():
     before = [p.detach().clone() for p in model.parameters()]
     calls = iter(range(3))
 
-    def bad_once(model, tokens, targets):
-        return language_loss(model, tokens, targets) * (float("inf") if next(calls) == 0 else 1.0)
+    def bad_once(model, batch):
+        for part in language_loss(model, batch):
+            yield part._replace(loss=part.loss * (float("inf") if next(calls) == 0 else 1.0))
 
     train(engine, [good] * 3, range(2, 5), loss_function=bad_once)
     assert engine.diverged()
@@ -176,8 +178,9 @@ def test_gradient_checkpointing_changes_nothing():
 def test_a_gradient_that_goes_bad_is_named():
     model = tiny_model()
 
-    def infinite_slope(model, tokens, targets):
-        return language_loss(model, tokens, targets) + (model.blocks[1].att.w0 * 0).sum().sqrt()
+    def infinite_slope(model, batch):
+        for part in language_loss(model, batch):
+            yield part._replace(loss=part.loss + (model.blocks[1].att.w0 * 0).sum().sqrt())
 
     name = first_bad_tensor(model, infinite_slope, [batch_of(random_tokens(2))])
     assert name == "gradient of blocks.1.att.w0"
@@ -188,7 +191,7 @@ def test_clipping_equals_pytorchs():
     plain, ours = tiny_model(torch.float64), tiny_model(torch.float64)
     batch = batch_of(random_tokens(2))
     train(engine_of(ours, torch.float64, eps=1.0, grad_clip=0.1), [batch], [0])
-    language_loss(plain, batch.tokens, batch.targets).backward()
+    next(language_loss(plain, batch)).loss.backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
     groups = parameter_groups(plain.named_parameters(), "x070", weight_decay=True)
     optimizer = build_optimizer(dict(plain.named_parameters()), groups, betas=(0.9, 0.99), eps=1.0)

@@ -176,8 +176,8 @@ def test_divergence_stops_cleanly_and_says_where(config, tmp_path):
     assert "step 1 " in str(failure.value)
     assert "activation blocks.1.ffn.key" in str(failure.value)
     with safe_open(folder / "nan-batch-step-1.safetensors", framework="pt") as file:
-        assert file.get_tensor("tokens").shape == (2, CTX)
-        assert file.get_tensor("targets").shape == (2, CTX)
+        assert file.get_tensor("tokens.0").shape == (2, CTX)
+        assert file.get_tensor("targets.0").shape == (2, CTX)
         assert file.metadata()["first_sample"] == "0"
     status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     assert status["phase"] == "failed"
