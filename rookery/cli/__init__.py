@@ -24,6 +24,7 @@ COMMANDS = {
     "init": N_("Write the initial weights of a new model"),
     "train": N_("Train a model"),
     "inspect": N_("Say what is inside a model, state or data file"),
+    "convert": N_("Write weights in the format of another program"),
     "chat": N_("Talk to a model"),
     "eval": N_("Measure a model"),
     "doctor": N_("Say what this machine can do, and what would make it faster"),

@@ -39,7 +39,7 @@ def load(
     """
     tensors = read_weights(path)
     file = weight_file(path)
-    shape = replace(shape_of(tensors, str(path)), head_size_divisor=_divisor_beside(file))
+    shape = replace(shape_of(tensors, str(path)), head_size_divisor=divisor_beside(file))
     device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(dtype, str):
         if dtype != "auto":
@@ -52,7 +52,7 @@ def load(
     return model.to(device=device, dtype=dtype).eval()
 
 
-def _divisor_beside(file: Path) -> int:
+def divisor_beside(file: Path) -> int:
     """`head_size_divisor`, which no weight file records, from the configuration in its run directory."""
     recipe = file.with_name("config.toml")
     try:

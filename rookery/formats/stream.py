@@ -25,7 +25,10 @@ from rookery.i18n import _
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # of collections.abc from Python 3.12 on
 
-SAFETENSORS = (".safetensors", ".st")
+AI00 = (".st", ".state")
+"""Names of safetensors files in Ai00's layout: of a model or adapter, and of a state."""
+
+SAFETENSORS = (".safetensors", *AI00)
 
 Progress = Callable[[int, int], None]
 """Called with (bytes written, bytes of all tensors) after each tensor."""
@@ -54,6 +57,16 @@ class Pending:
         return flat.view(torch.uint8).numpy().data
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor under RWKV-LM's name stands in another layout: the same elements in the same order, after its last
+    two axes were swapped if it is `transposed`."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
 def pending(tensors: Mapping[str, Tensor]) -> list[Pending]:
     """Tensors that exist already, to be written as they are."""
     return [Pending(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]  # type: ignore[misc]
@@ -76,7 +89,7 @@ def write_weights(
         UserError: the file cannot be written.
     """
     path, tensors = Path(path), list(tensors)
-    with replacing(path) as file:
+    with replacing(path) as beside, open(beside, "wb") as file:
         if path.suffix.lower() in SAFETENSORS:
             _write_safetensors(file, tensors, metadata or {"format": "pt"}, progress)
         else:
@@ -85,18 +98,17 @@ def write_weights(
 
 def write_pth(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a flat name -> tensor .pth, whatever the name of the file. It appears whole or not at all."""
-    with replacing(Path(path)) as file:
+    with replacing(Path(path)) as beside, open(beside, "wb") as file:
         _write_pth(file, pending(tensors), None)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when all went well, and leaves no trace otherwise."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write a file that takes the place of `path` when all went well, and leaves no trace otherwise."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
+        yield beside
+        with open(beside, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:

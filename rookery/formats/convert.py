@@ -1,0 +1,229 @@
+"""Weights from one format to another, one tensor at a time: what `rookery convert` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rookery.config import parse
+from rookery.errors import UserError
+from rookery.formats import ai00, gguf, hf, states
+from rookery.formats.source import Source
+from rookery.formats.stream import AI00, Pending, Place, Progress, write_weights
+from rookery.formats.weights import weight_file
+from rookery.i18n import _
+from rookery.models.shape import VERSIONS
+from rookery.tokenizer import Tokenizer
+
+TARGETS = {
+    "pth": (".pth",),
+    "safetensors": (".safetensors",),
+    "st": AI00,
+    "gguf": (".gguf",),
+    "hf": ("",),
+    "rwkv": (),
+}
+"""Format -> endings of a path that ask for it; only `to` asks for rwkv, a tuned state for the package of that name."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    path: Path
+    kind: str
+    """model, state or adapter"""
+    target: str
+    tensors: int
+    bytes: int
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    *,
+    to: str | None = None,
+    precision: str | None = None,
+    tokenizer: Callable[[int], Tokenizer | None] = lambda size: None,
+    version: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Write what `path` holds in another format.
+
+    Args:
+        path: what `rookery.formats.read_weights` takes, or a state of the `rwkv` package.
+        out: the file, or for hf the directory, to write.
+        to: one of `TARGETS`; without it the ending of `out` says.
+        precision: fp32, bf16, fp16, or for GGUF also q8_0; without it that of the source, and for st always fp16.
+        tokenizer: given the number of token ids of a model, its tokenizer, for the formats that carry one.
+        version: of the model that a state belongs to, when `path` is or `out` becomes a state of the `rwkv` package;
+            without it, what the configuration in the state's run directory says.
+        force: replace what is at `out`.
+
+    Raises:
+        UserError: the source cannot be read, the target not written, or the one does not fit into the other.
+    """
+    path, out = Path(path), Path(out)
+    target = _target(out, to)
+    _check_precision(precision, target)
+    file = weight_file(path)
+    _check_place(path, file, out, target, force)
+    if file.suffix == ".pth" and states.is_package(file):
+        source = Source(file, partial(states.read_package, version=_version(version, file)))
+    else:
+        source = Source(path)
+    kind = _kind(source)
+    _check_fit(kind, target, source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    dtype = DTYPES.get(precision or "")
+    if target == "rwkv":
+        tuned = {name: source.tensor(name) for name in source.shapes}
+        states.write_package(out, tuned, _version(version, file), dtype or torch.float32)
+    elif target == "gguf":
+        shape = source.model_shape()
+        gguf.check(shape, str(path))
+        numbers = precision or _name(source.dtype())
+        gguf.write(out, source, shape, numbers, tokenizer(shape.vocab_size), progress=progress)
+    elif target == "hf":
+        shape = source.model_shape()
+        hf.check(shape, str(path))
+        tensors = _pending(source, hf.place, dtype)
+        hf.write(out, tensors, shape, dtype or source.dtype(), tokenizer(shape.vocab_size), progress=progress)
+    elif target == "st":
+        write_weights(out, _pending(source, ai00.place, torch.float16), progress=progress)
+    else:
+        write_weights(out, _pending(source, Place, dtype), progress=progress)
+    return Converted(out, kind, target, len(source.shapes), _size(out))
+
+
+def _target(out: Path, to: str | None) -> str:
+    if to is not None:
+        if to not in TARGETS:
+            raise UserError(_("--to {name}: expected one of {known}", name=to, known=", ".join(TARGETS)))
+        return to
+    for target, endings in TARGETS.items():
+        if out.suffix.lower() in endings or (target == "hf" and out.is_dir()):
+            return target
+    raise UserError(
+        _(
+            "{path}: the ending says no format; end it with {endings}, or give --to",
+            path=out,
+            endings=", ".join(ending for endings in TARGETS.values() for ending in endings if ending),
+        )
+    )
+
+
+def _check_precision(precision: str | None, target: str) -> None:
+    allowed = {"gguf": list(gguf.TYPES), "st": ["fp16"]}.get(target, list(DTYPES))
+    if precision is not None and precision not in allowed:
+        raise UserError(
+            _("--dtype {name}: {target} takes {known}", name=precision, target=target, known=", ".join(allowed))
+        )
+
+
+def _check_place(path: Path, file: Path, out: Path, target: str, force: bool) -> None:
+    if any(out.exists() and out.samefile(place) for place in (path, file)):
+        raise UserError(_("{path} would be read and written at once; write to another place", path=out))
+    if target != "hf" and out.is_dir():
+        raise UserError(_("{path} is a directory; {target} is a file", path=out, target=target))
+    if target == "hf" and out.is_file():
+        raise UserError(_("{path} is a file; the Hugging Face layout is a directory", path=out))
+    taken = any(out.iterdir()) if out.is_dir() else out.exists()
+    if taken and not force:
+        raise UserError(_("{path} exists; --force replaces it", path=out))
+
+
+def _version(version: str | None, state: Path) -> str:
+    recipe = state.with_name("config.toml")
+    if version is None and recipe.exists():
+        version = str(parse([], recipe).config.model.version)
+    if version not in VERSIONS:
+        raise UserError(
+            _(
+                "a state file does not say to which version of RWKV it belongs, and the rwkv package wants x070 states "
+                "the other way round: give --version, one of {known}",
+                known=", ".join(VERSIONS),
+            )
+        )
+    return version
+
+
+def _kind(source: Source) -> str:
+    names = source.shapes
+    if "emb.weight" in names:
+        return "model"
+    if states.is_state(names):
+        return "state"
+    if any(name.startswith("blocks.") for name in names):
+        return "adapter"
+    if not names:
+        raise UserError(_("{path} holds no tensors", path=source.path))
+    raise UserError(
+        _(
+            "{path} holds no RWKV model, state or adapter; its first tensor is {name}",
+            path=source.path,
+            name=next(iter(names)),
+        )
+    )
+
+
+def _check_fit(kind: str, target: str, source: Source) -> None:
+    if target == "rwkv" and kind != "state":
+        raise UserError(_("{path} is no state; the rwkv package reads a model as a .pth", path=source.path))
+    if target not in ("gguf", "hf"):
+        return
+    if kind != "model":
+        raise UserError(
+            _(
+                "{path} holds no whole model, which {target} needs; rookery merge puts an adapter into its model",
+                path=source.path,
+                target=target,
+            )
+        )
+    if any(name.endswith(".att.time_state") for name in source.shapes):
+        raise UserError(
+            _(
+                "{path} holds a tuned state, for which {target} has no place; convert the model without it",
+                path=source.path,
+                target=target,
+            )
+        )
+
+
+def _pending(
+    source: Source, place: Callable[[str, tuple[int, ...]], Place | None], dtype: torch.dtype | None
+) -> list[Pending]:
+    """The tensors of the source as they stand in a layout, in `dtype` if they are floating point and it is given."""
+    items = []
+    for name, shape in source.shapes.items():
+        where = place(name, shape)
+        if where is not None:
+            own = source.dtypes[name]
+            new = dtype if dtype is not None and own.is_floating_point else own
+            items.append(Pending(where.name, where.shape, new, partial(_produce, source, name, where, new)))
+    return items
+
+
+def _produce(source: Source, name: str, where: Place, dtype: torch.dtype) -> Tensor:
+    tensor = source.tensor(name)
+    cast = (tensor.mT if where.transposed else tensor).reshape(where.shape).to(dtype)
+    if dtype == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
+        raise UserError(_("{name} has values beyond the range of fp16; --dtype bf16 keeps them", name=name))
+    return cast
+
+
+def _name(dtype: torch.dtype) -> str:
+    """Our name of the precision of a model; of any other kind than ours, the next one that loses nothing."""
+    return next((name for name, known in DTYPES.items() if known == dtype), "fp32")
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))

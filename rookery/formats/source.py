@@ -1,0 +1,65 @@
+"""A weight file read one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rookery.formats.load import divisor_beside, shape_of
+from rookery.formats.weights import read_weights, weight_file
+from rookery.models import ModelShape
+
+_AT_LEAST = 1 << 24
+
+
+class Source:
+    """The tensors of what `read_weights` takes, under RWKV-LM's names, of which about one is in memory.
+
+    The file is mapped, and what has been read of a mapping stays in memory until the mapping goes; so the file is
+    mapped anew whenever more than the largest tensor has been read. (Files older than PyTorch 1.6 cannot be mapped.)
+
+    Args:
+        read: what reads the path.
+
+    Raises:
+        UserError: see `read_weights`.
+    """
+
+    def __init__(self, path: str | Path, read: Callable[[Path], dict[str, Tensor]] = read_weights) -> None:
+        self.path = Path(path)
+        self._read_all = read
+        self._tensors = read(self.path)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
+        self._limit = max([_AT_LEAST, *(tensor.nbytes for tensor in self._tensors.values())])
+        self._read = 0
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor; let go of it before asking for another."""
+        size = self._tensors[name].nbytes
+        if self._read and self._read + size > self._limit:
+            self._tensors = {}
+            self._tensors = self._read_all(self.path)
+            self._read = 0
+        self._read += size
+        return self._tensors[name]
+
+    def model_shape(self) -> ModelShape:
+        """The dimensions of the model that the file holds.
+
+        Raises:
+            UserError: no model, or of a version that is not known.
+        """
+        shape = shape_of(self._tensors, str(self.path))
+        return replace(shape, head_size_divisor=divisor_beside(weight_file(self.path)))
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of most elements."""
+        elements: dict[torch.dtype, int] = {}
+        for name, dtype in self.dtypes.items():
+            elements[dtype] = elements.get(dtype, 0) + self._tensors[name].numel()
+        return max(elements, key=elements.__getitem__)
