@@ -14,11 +14,13 @@ import numpy as np
 
 from rookery import tokenizer as tokenizers
 from rookery.data.binidx import BinIdxWriter, prefix_of
-from rookery.data.sources import Fault, find_units
+from rookery.data.rows import RowReader, choose_reader
+from rookery.data.sources import Fault, find_units, first_rows
 from rookery.data.tokenise import Piece, choose_workers, find_characters, tokenise
 from rookery.errors import UserError
 from rookery.i18n import N_, _
 from rookery.tokenizer import Character, Tokenizer
+from rookery.tokenizer.chat import Template
 
 SHOWN_FAULTS = 5
 PHASES = (N_("reading characters"), N_("tokenising"), N_("writing"))
@@ -38,6 +40,7 @@ class Made:
         tokenizer: that was used.
         skipped: lines left out.
         faults: the first of them.
+        reader: of the rows; its format is what they were found to be.
     """
 
     prefix: str
@@ -47,6 +50,7 @@ class Made:
     tokenizer: Tokenizer
     skipped: int
     faults: list[Fault]
+    reader: RowReader
 
 
 def make(
@@ -59,6 +63,9 @@ def make(
     seed: int = 0,
     on_error: Literal["stop", "skip"] = "stop",
     workers: int = 0,
+    data_format: str = "auto",
+    fields: Sequence[str] | None = None,
+    template: Template = "world",
     progress: Progress = lambda phase, done, total: None,
 ) -> Made:
     """Write ``<output>.bin`` and ``<output>.idx``, as the reference's make_data.py does for the same order of lines.
@@ -68,7 +75,7 @@ def make(
     few chunks of text and 12 to 20 bytes a document; the disk holds the tokens of one epoch in addition to the result.
 
     Args:
-        source: a .jsonl file (key `text` in each line), a .txt file (one document) or a folder of .txt files.
+        source: a .jsonl or .json file (see `rookery.data.rows`), a .txt file (one document) or a folder of .txt files.
         epochs: how often each document is written.
         output: prefix of the files; the name of `source`, in the current directory, when not given.
         tokenizer: as `rookery.tokenizer.load` takes it, or "char" or "compact" (see `World.compact`) to build a
@@ -78,6 +85,8 @@ def make(
         seed: of the orders.
         on_error: what to do about lines that hold no document: "stop" writes nothing, "skip" leaves them out.
         workers: processes; 0 = as the machine and the size of the source suggest.
+        data_format, fields, template: of rows, as `rookery.data.rows.choose_reader` takes them. Conversations become
+            text: binidx cannot hold which tokens are to be trained.
         progress: is told how far it is.
 
     Raises:
@@ -86,11 +95,12 @@ def make(
     if epochs < 1:
         raise UserError(_("the number of epochs is {epochs}; it must be at least 1", epochs=epochs))
     units = find_units(source)
+    reader = choose_reader(str(source), first_rows(units), data_format, fields, template)
     workers = workers or choose_workers(units)
     total = sum(unit.stop - unit.start for unit in units)
     if tokenizer in ("char", "compact"):
         progress(PHASES[0], 0, total)
-        found = find_characters(units, workers)
+        found = find_characters(units, reader, workers)
         encoder: Tokenizer = (
             Character.build(found, documents=True) if tokenizer == "char" else tokenizers.World.compact(found)
         )
@@ -112,7 +122,7 @@ def make(
         with _Spool(spool_path, encoder.dtype, on_error) as spool:
             done = 0
             progress(PHASES[1], 0, total)
-            for piece in tokenise(units, encoder, workers):
+            for piece in tokenise(units, encoder, reader, workers):
                 spool.add(piece)
                 done += piece.bytes
                 progress(PHASES[1], done, total)
@@ -122,7 +132,7 @@ def make(
                 _write_epochs(writer, spool, epochs, random.Random(seed) if shuffle else None, progress)
     except OSError as error:
         raise UserError(_("cannot write {path}: {reason}", path=prefix, reason=error)) from error
-    return Made(prefix, writer.documents, writer.tokens, writer.dtype, encoder, spool.skipped, spool.faults)
+    return Made(prefix, writer.documents, writer.tokens, writer.dtype, encoder, spool.skipped, spool.faults, reader)
 
 
 def _write_epochs(

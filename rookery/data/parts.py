@@ -19,7 +19,7 @@ class Joined:
     """Streams one after the other, none of them copied. Takes slices and single places."""
 
     def __init__(self, streams: Sequence[np.ndarray]) -> None:
-        self.dtype = np.result_type(*streams)
+        self.dtype = np.result_type(*{stream.dtype for stream in streams})
         self._streams = streams
         self._ends = list(accumulate(map(len, streams)))
 

@@ -139,7 +139,7 @@ class CoverSampler(WindowSampler):
     def offset(self, index: int) -> int:
         turn, place = divmod(index, self.period)
         if self._order[0] != turn:
-            self._order = (turn, _shuffled(self.period, self._seed, turn))
+            self._order = (turn, shuffled(self.period, self._seed, turn))
         return min(int(self._order[1][place]) * self._ctx_len, self._last)
 
 
@@ -213,21 +213,23 @@ class DocumentSampler:
         self._order = (-1, np.empty(0, np.int64))
 
     def offset(self, index: int) -> int:
-        return int(self._starts[self._document(index)])
+        return int(self._starts[self.document(index)])
 
     def size(self, index: int) -> int:
-        return int(self._sizes[self._document(index)])
+        return int(self._sizes[self.document(index)])
 
-    def _document(self, index: int) -> int:
+    def document(self, index: int) -> int:
+        """Number of the document that sample `index` is."""
         turn, place = divmod(index, self.period)
         if self._seed is None:
             return place
         if self._order[0] != turn:
-            self._order = (turn, _shuffled(self.period, self._seed, turn))
+            self._order = (turn, shuffled(self.period, self._seed, turn))
         return int(self._order[1][place])
 
 
-def _shuffled(n: int, seed: int, turn: int) -> np.ndarray:
+def shuffled(n: int, seed: int, turn: int) -> np.ndarray:
+    """The order of `n` things in pass number `turn`: int64 (n)."""
     return _generator(seed, turn).permutation(n)
 
 

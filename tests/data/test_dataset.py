@@ -31,7 +31,7 @@ def test_samples_are_those_of_the_reference_order(tmp_path: Path) -> None:
     assert (facts.sampler, facts.prime, facts.samples, facts.exit_tokens) == ("cubic", 617, 617, 10_007)
     assert (facts.tokenizer, facts.vocab_size, dataset.notes) == ("world", 65536, [])
     for i in range(700):
-        x, y = dataset.sample(i)
+        x, y, _lengths = dataset.sample(i)
         offset = sample_offset(i % 617, rank=0, world_size=1, epoch=0, ctx_len=16, prime=617)
         assert x.dtype == y.dtype == np.int64
         assert x.tolist() == tokens[offset : offset + 16].tolist()
@@ -52,7 +52,7 @@ def test_small_data_fall_back_to_full_coverage_and_say_so(tmp_path: Path) -> Non
 
 def test_data_shorter_than_a_window_are_padded(tmp_path: Path) -> None:
     dataset = open_dataset(DataSection(data_file=binidx(tmp_path / "x", np.array([5, 6, 7])), ctx_len=5))
-    x, y = dataset.sample(0)
+    x, y, _lengths = dataset.sample(0)
     assert (x.tolist(), y.tolist()) == ([5, 6, 7, 0, 0], [6, 7, -100, -100, -100])
 
 
@@ -94,7 +94,7 @@ def test_masks_reach_the_targets(tmp_path: Path, world: World) -> None:
     ids = np.array(world.encode("User: a\n\nAssistant: b\n\nUser: c"))
     name = binidx(tmp_path / "x", ids)
     dataset = open_dataset(DataSection(data_file=name, ctx_len=len(ids) - 1, loss_mask="answer"))
-    x, y = dataset.sample(0)
+    x, y, _lengths = dataset.sample(0)
     assert x.tolist() == ids[:-1].tolist()
     assert world.decode([i for i in y.tolist() if i != -100]) == " b\n\n"
 
@@ -111,7 +111,7 @@ def test_character_text_as_the_reference_reads_it(tmp_path: Path) -> None:
         assert (dataset.facts.vocab_size, dataset.facts.tokens) == (golden["vocab_size"], golden["data_size"])
         assert (dataset.facts.data_type, dataset.facts.tokenizer) == ("utf-8", "char")
         offset = golden["offset"]
-        assert dataset.stream[offset : offset + 16].tolist() == golden["x"]
+        assert dataset.content.stream[offset : offset + 16].tolist() == golden["x"]
     dataset.save_vocabulary(tmp_path)
     assert (tmp_path / "vocab.json").read_bytes() == golden["vocab_json_text"].encode()
     assert isinstance(load(tmp_path), Character)
@@ -130,17 +130,17 @@ def test_utf16_text(tmp_path: Path) -> None:
     dataset = open_dataset(
         DataSection(data_file=str(file), data_type="utf-16le", tokenizer="char", ctx_len=2), vocab_size=0
     )
-    assert dataset.tokenizer.decode(dataset.stream.tolist()) == "你好你好"
+    assert dataset.tokenizer.decode(dataset.content.stream.tolist()) == "你好你好"
 
 
 def test_text_and_folder_in_the_world_vocabulary(tmp_path: Path, world: World) -> None:
     (tmp_path / "b.txt").write_text("second", encoding="utf-8")
     (tmp_path / "a.txt").write_bytes(b"first\r\nline")
     dataset = open_dataset(DataSection(data_file=str(tmp_path), ctx_len=2))
-    assert dataset.stream.tolist() == [*world.encode("first\nline"), 0, *world.encode("second"), 0]
+    assert dataset.content.stream.tolist() == [*world.encode("first\nline"), 0, *world.encode("second"), 0]
     assert dataset.facts.documents == 2
     dataset = open_dataset(DataSection(data_file=str(tmp_path / "a.txt"), ctx_len=2))
-    assert dataset.stream.tolist() == world.encode("first\nline")
+    assert dataset.content.stream.tolist() == world.encode("first\nline")
 
 
 def test_jsonl_in_both_vocabularies(tmp_path: Path, world: World) -> None:
@@ -149,11 +149,11 @@ def test_jsonl_in_both_vocabularies(tmp_path: Path, world: World) -> None:
     assert dataset.facts.documents == 11
     make(GOLDEN / "sample_shared.jsonl", 1, tmp_path / "x", shuffle=False)
     made = open_dataset(DataSection(data_file=str(tmp_path / "x"), ctx_len=4))
-    assert np.array_equal(dataset.stream, made.stream)
+    assert np.array_equal(dataset.content.stream, made.content.stream)
 
     dataset = open_dataset(section, vocab_size=0)
     assert dataset.tokenizer.end_of_document == 0
-    assert np.count_nonzero(dataset.stream == 0) == 11
+    assert np.count_nonzero(dataset.content.stream == 0) == 11
 
 
 def test_a_bad_jsonl_line_is_named(tmp_path: Path) -> None:
@@ -177,10 +177,12 @@ def test_binidx_with_a_character_vocabulary_is_read_with_it(tmp_path: Path) -> N
 def test_arrays(tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 60000, 1000)
     np.save(tmp_path / "x.npy", tokens)
-    assert np.array_equal(open_dataset(DataSection(data_file=str(tmp_path / "x.npy"), ctx_len=4)).stream, tokens)
+    assert np.array_equal(
+        open_dataset(DataSection(data_file=str(tmp_path / "x.npy"), ctx_len=4)).content.stream, tokens
+    )
     tokens.astype("<u2").tofile(tmp_path / "x.raw")
     dataset = open_dataset(DataSection(data_file=str(tmp_path / "x.raw"), data_type="uint16", ctx_len=4))
-    assert np.array_equal(dataset.stream, tokens)
+    assert np.array_equal(dataset.content.stream, tokens)
     np.save(tmp_path / "y.npy", tokens.reshape(10, 100))
     with pytest.raises(UserError, match="one row of integers"):
         open_dataset(DataSection(data_file=str(tmp_path / "y.npy")))
@@ -192,7 +194,7 @@ def test_arrays(tmp_path: Path) -> None:
 def test_dummy_data() -> None:
     dataset = open_dataset(DataSection(data_type="dummy", ctx_len=32))
     assert (dataset.facts.tokens, dataset.facts.vocab_size) == (1_620_950, 13)
-    assert dataset.tokenizer.decode(dataset.stream[:24].tolist()) == ".0+0=0..1+1=2..2+4=6..3+"
+    assert dataset.tokenizer.decode(dataset.content.stream[:24].tolist()) == ".0+0=0..1+1=2..2+4=6..3+"
 
 
 @pytest.mark.parametrize("name", ["", "missing", "missing.jsonl", "missing.txt", "missing.npy", "missing.bin"])
@@ -207,7 +209,7 @@ def test_validation_text_takes_the_vocabulary_of_the_training_text(tmp_path: Pat
     section = DataSection(data_file=str(tmp_path / "train.txt"), val_file=str(tmp_path / "val.txt"), ctx_len=4)
     train = open_dataset(section, vocab_size=0)
     val = open_dataset(section, vocab_size=6, data_file=section.val_file, tokenizer=train.tokenizer)
-    assert val.stream[:4].tolist() == [5, 4, 3, 5]
+    assert val.content.stream[:4].tolist() == [5, 4, 3, 5]
     (tmp_path / "val.txt").write_text("xyz", encoding="utf-8")
     with pytest.raises(UserError, match="'x'"):
         open_dataset(section, data_file=section.val_file, tokenizer=train.tokenizer)

@@ -42,7 +42,7 @@ def test_documents_as_rwkv_peft_pads_them() -> None:
         section = DataSection(
             data_file=str(GOLDEN / "sample_shared"), dataload="pad", data_shuffle=0, ctx_len=row["ctx_len"]
         )
-        x, y = open_dataset(section).sample(row["item"])
+        x, y, _lengths = open_dataset(section).sample(row["item"])
         assert (x.tolist(), y.tolist()) == (row["x"], row["y"])
 
 
@@ -52,7 +52,7 @@ def test_every_document_is_read_once_a_pass_in_an_order_of_its_own() -> None:
     documents = dataset.facts.documents
     assert (dataset.facts.sampler, dataset.facts.samples) == ("documents", documents)
     assert dataset.facts.exit_tokens == documents * 4
-    passes = [[dataset.sampler.offset(turn * documents + i) for i in range(documents)] for turn in range(2)]
+    passes = [[dataset.samples.sampler.offset(turn * documents + i) for i in range(documents)] for turn in range(2)]
     starts = np.cumsum(BinIdx(GOLDEN / "sample_shared").sizes) - BinIdx(GOLDEN / "sample_shared").sizes
     assert sorted(passes[0]) == sorted(passes[1]) == starts.tolist()
     assert passes[0] != passes[1]
@@ -62,7 +62,7 @@ def test_every_document_is_read_once_a_pass_in_an_order_of_its_own() -> None:
 def test_lines_of_jsonl_are_documents_too(tmp_path: Path, world: World) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "two three"}\n', encoding="utf-8")
     section = DataSection(data_file=str(tmp_path / "x.jsonl"), dataload="pad", data_shuffle=0, ctx_len=5)
-    x, y = open_dataset(section).sample(1)
+    x, y, _lengths = open_dataset(section).sample(1)
     line = [*world.encode("two three"), 0]
     assert x[: len(line)].tolist() == line
     assert y.tolist() == [*line[1:], *[-100] * (6 - len(line))]
@@ -76,7 +76,7 @@ def test_rows_of_uint16(tmp_path: Path) -> None:
     tokens.tofile(tmp_path / "x")
     section = DataSection(data_file=str(tmp_path / "x"), data_type="uint16", my_sample_len=6, ctx_len=5)
     dataset = open_dataset(section)
-    rows = [[*x[:1], *y] for x, y in (dataset.sample(i) for i in range(7))]
+    rows = [[*x[:1], *y] for x, y, _lengths in (dataset.sample(i) for i in range(7))]
     assert sorted(rows) == tokens.tolist()
     assert rows != tokens.tolist()
     wider = open_dataset(section.model_copy(update={"ctx_len": 7, "data_shuffle": 0}))
@@ -135,7 +135,7 @@ def test_lists_of_data(tmp_path: Path, world: World) -> None:
         dataset = open_dataset(section, seed=1)
         assert dataset.facts.tokens == 70
         for i in range(50):
-            x, y = dataset.sample(i)
+            x, y, _lengths = dataset.sample(i)
             assert y.tolist() == (x + 1).tolist(), "a window lies within one part"
         return np.array(offsets(dataset, 3000))
 
@@ -200,9 +200,9 @@ def test_questions_and_answers_mixed_with_other_data(tmp_path: Path, world: Worl
     assert dataset.facts.exit_tokens == 2 * plain.facts.exit_tokens
     replaced = 0
     for index in range(100):
-        x, y = dataset.sample(index)
+        x, y, _lengths = dataset.sample(index)
         number = index + 1
-        place = 0 if number == 1 else int(plain.sampler.offset(number // 2 - 1))
+        place = 0 if number == 1 else int(plain.samples.sampler.offset(number // 2 - 1))
         ours = tokens[place : place + CTX].tolist()
         if number % 2 == 0 or (mode == 1 and not any(reference_answers(ours))):
             assert x[0] >= 30000
