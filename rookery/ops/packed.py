@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEEP = -100.0
+KEEP = -80.0
 """Raw decay of a padded token. The decay is then exactly 1 in every precision, for RWKV-5 and 6, exp(-exp(w)), and for
 RWKV-7, exp(-exp(-1/2) sigmoid(w)); with no key, value or removal the token leaves the state as it is."""
 

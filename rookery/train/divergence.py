@@ -68,7 +68,8 @@ def _bad_activation(model: nn.Module, loss_function: LossFunction, batch: Batch)
                 bad.append("loss")
             if bad:
                 break
-            part.loss.backward()
+            if part.loss.requires_grad:
+                part.loss.backward()
     finally:
         for hook in hooks:
             hook.remove()

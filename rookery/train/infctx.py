@@ -78,7 +78,7 @@ def _cut(batch: Batch, size: int) -> list[_Chunk]:
         size *= len(tokens)
         tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
         ends = batch.lengths.cumsum(0)
-        borders = torch.arange(size, tokens.numel(), size)
+        borders = torch.arange(1, -(-tokens.numel() // size)) * size
         continues = [False, *(~torch.isin(borders, ends)).tolist()]
         ends = torch.cat([ends, borders]).unique()
         lengths = ends.diff(prepend=ends.new_zeros(1)).split(((ends - 1) // size).bincount().tolist())

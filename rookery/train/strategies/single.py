@@ -63,7 +63,8 @@ class SingleDevice:
     def backward(self, loss: Tensor, *, weight: float, last: bool) -> None:
         loss = loss * weight
         scaled = loss if self._loss_scale is None else loss * self._loss_scale.scale
-        scaled.backward()
+        if scaled.requires_grad:  # after the first chunk of a sample nothing depends on a tuned initial state
+            scaled.backward()
         first = self._loss is None
         self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         if self._rounded:
