@@ -11,8 +11,9 @@ from torch import Tensor
 from rookery.ops.linear import Linear, linear
 from rookery.quant.codes import BLOCK, Kind, code_size, dequantise, padded, quantise_weight
 
-AT_ONCE = 1 << 23
-"""Weights that exist dequantised at one time, about: 16 MiB in bf16. Smaller matrix products would be slower."""
+AT_ONCE = 1 << 22
+"""Weights that exist dequantised at one time, about: 8 MiB in bf16. Memory that is used again and again stays in
+the cache; smaller products would be slower."""
 
 
 class QuantLinear(Linear):

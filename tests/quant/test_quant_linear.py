@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rookery.adapters import AdapterConfig, attach, initial_factors
 from rookery.errors import UserError
 from rookery.models import Model, ModelShape, create, initialise
 from rookery.ops.linear import Linear
@@ -270,13 +271,24 @@ def test_what_cannot_be_quantised_is_named() -> None:
         quantise(model, "int8")
 
 
-def test_adapters_of_a_layer_stay_with_it() -> None:
-    class Twice(nn.Module):
-        def forward(self, x: Tensor, y: Tensor, layer: Linear) -> Tensor:
-            return y
-
-    layer = dense_layer(8, 64)
-    layer.adapters["twice"] = Twice()
-    x = normal(3, 64)
-    quantised = QuantLinear.of(layer, "int8")
-    assert torch.equal(quantised(x), 2 * quantised.product(x))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_adapters_of_a_layer_stay_with_it(method: str, kind: Kind) -> None:
+    model = small_model("x070")
+    attach(model, AdapterConfig(method, r=4))
+    dense = copy.deepcopy(model)
+    quantise(model, kind, low_rank=initial_factors(model))
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            assert (layer.low_rank_A is not None) == (method == "pissa")
+            dense.get_submodule(name).weight.data = layer.dense()
+    tokens = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(0))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in dense.named_parameters() if p.requires_grad}
+    for m in (dense, model):
+        with torch.no_grad():
+            for name in trained:
+                m.get_parameter(name).add_(0.02 * normal(*m.get_parameter(name).shape))
+        m.loss(tokens, tokens)[0].backward()
+    for name in trained:
+        assert error(model.get_parameter(name).grad, dense.get_parameter(name).grad) < 1e-4
