@@ -89,7 +89,7 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 class _OneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return _product(x, weight)
 
     @staticmethod
