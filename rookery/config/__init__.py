@@ -2,7 +2,7 @@
 
 from rookery.config.origin import Origin, Origins, origins_of
 from rookery.config.parse import Parsed, parse
-from rookery.config.resolve import Resolved, resolve
+from rookery.config.resolve import Resolved, resolve, with_custom
 from rookery.config.tree import TrainConfig
 from rookery.config.write import Difference, differences, to_toml
 
@@ -18,4 +18,5 @@ __all__ = [
     "parse",
     "resolve",
     "to_toml",
+    "with_custom",
 ]

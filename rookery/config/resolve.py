@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rookery.config import rules
 from rookery.config.origin import Origin, Origins, origins_of
-from rookery.config.tree import SECTION_OF, TrainConfig, get
+from rookery.config.tree import SECTION_OF, TrainConfig, choices, get
 from rookery.errors import UserError
 from rookery.i18n import _
 
@@ -27,7 +27,7 @@ RANK_LEAVES = {
 PART_LEAVES = ("head_qk", "tiny_att_dim", "tiny_att_layer", "my_pos_emb", "pre_ffn")
 """Optional parts of x052 and x060, by the names of `rookery.models.Parts` and of their leaves."""
 
-DOCUMENT_SAMPLERS = ("documents", "packs")
+DOCUMENT_SAMPLERS = ("documents", "only", "pack")
 """Samplers that pass over the data, each document once."""
 
 DEFAULT_VERSION, DEFAULT_LAYERS, DEFAULT_WIDTH, WORLD_VOCABULARY = "x070", 6, 512, 65536
@@ -47,6 +47,7 @@ def resolve(
     origins: Origins | None = None,
     *,
     model_facts: Mapping[str, Any] | None = None,
+    adapter_facts: Mapping[str, Any] | None = None,
     data_facts: Mapping[str, Any] | None = None,
     device_facts: Mapping[str, Any] | None = None,
 ) -> Resolved:
@@ -57,9 +58,10 @@ def resolve(
         origins: those `parse` gave; found from what was set in `config` when left out.
         model_facts: what the checkpoint holds: ``file``, ``version``, ``n_layer``, ``n_embd``, ``dim_att``,
             ``dim_ffn``, ``head_size``, ``vocab_size``, ``ranks`` and ``parts`` (dicts). None: a new model is made.
-        data_facts: what the data hold: ``file``, ``data_type``, ``tokenizer``, ``vocab_size``, ``exit_tokens`` and
-            ``prime`` (0: too little data for the prime rule), ``sampler`` and ``samples`` of one pass. None: nothing is trained, and what depends on the data
-            stays open.
+        adapter_facts: what the adapter to go on with is: ``file``, and the leaves of its method and shape.
+        data_facts: what the data hold: ``file``, ``data_type``, ``tokenizer``, ``vocab_size``, ``exit_tokens``,
+            ``prime`` (0: too little data for the prime rule), ``sampler`` and ``samples`` of one pass. None: nothing is
+            trained, and what depends on the data stays open.
         device_facts: what runs it: ``accelerator`` ("cpu" or "cuda"), ``name``, ``bf16`` (whether it is native). None:
             the CPU.
 
@@ -79,10 +81,23 @@ def resolve(
     if model_facts is not None:
         resolver.checkpoint(model_facts)
     resolver.new_model()
+    if adapter_facts is not None:
+        resolver.adapter(adapter_facts)
     resolver.fine_tuning()
     resolver.optimiser()
     resolver.length(data_facts)
     return Resolved(TrainConfig(**resolver.values), resolver.origins, resolver.notes)
+
+
+def with_custom(config: TrainConfig, origins: Origins) -> Resolved:
+    """`config` with what its method of fine-tuning does by custom where nothing else was asked for, before the data are
+    opened."""
+    if config.adapter.peft != "state" or origins["ctx_len"].given:
+        return Resolved(config, origins, [])
+    ctx_len = rules.STATE_TUNING_CTX_LEN
+    custom = config.model_copy(update={"data": config.data.model_copy(update={"ctx_len": ctx_len})})
+    note = _("{leaf} is {rate}, the custom of {peft} tuning", leaf="ctx_len", rate=ctx_len, peft="state")
+    return Resolved(custom, {**origins, "ctx_len": Origin("rule", "peft state")}, [note])
 
 
 class _Resolver:
@@ -162,6 +177,34 @@ class _Resolver:
             remedy = _("Leave out what the file decides, or load another file.")
             raise UserError("\n".join([heading, *conflicts, remedy]))
 
+    def adapter(self, facts: Mapping[str, Any]) -> None:
+        """Take method and shape from an adapter's file; what was asked for must agree with it."""
+        origin = Origin("checkpoint", str(facts["file"]))
+        for leaf, value in facts.items():
+            if leaf == "file":
+                continue
+            if self.origins[leaf].given and self.values[leaf] != value:
+                raise UserError(
+                    _(
+                        "{file} is an adapter with {leaf} {value}; you ask for {asked} ({origin}). Leave it out, or "
+                        "begin a new adapter without adapter_load.",
+                        file=facts["file"],
+                        leaf=leaf,
+                        value=value,
+                        asked=self.values[leaf],
+                        origin=self.origins[leaf],
+                    )
+                )
+            if not self.origins[leaf].given:
+                self.fill(leaf, value, origin)
+        if self.values["miss_mode"] not in choices("miss_mode"):
+            raise UserError(
+                _(
+                    "{file} has the form bat of Hugging Face peft, which can be merged but not trained further",
+                    file=facts["file"],
+                )
+            )
+
     def new_model(self) -> None:
         """The architecture of a new model; of a loaded one, only what no file records."""
         self.fill_open("version", DEFAULT_VERSION, Origin("rule", _("the current generation")))
@@ -237,6 +280,12 @@ class _Resolver:
                     quant=quant,
                 )
             )
+        if peft in ("pissa", "miss"):
+            plain = {"lora_alpha": float(self.values["lora_r"]), "lora_dropout": 0.0, "rslora": False}
+            for leaf, value in plain.items():
+                if self.values[leaf] != value and self.origins[leaf].given:
+                    self.notes.append(_("{peft} has no {leaf}: it is left out", peft=peft, leaf=leaf))
+                self.fill(leaf, value, Origin("rule", f"peft {peft}"))
         if peft in ("none", "state"):
             for leaf in ("adapter_load", "train_parts"):
                 if self.values[leaf]:
@@ -274,8 +323,7 @@ class _Resolver:
             tokens = values["epoch_count"] * tokens_per_epoch
             self.fill("my_exit_tokens", tokens, Origin("rule", "epoch_count x epoch_steps x ctx_len"))
         elif values["my_exit_tokens"] is None and data_facts is not None:
-            tokens = values["epochs"] * data_facts["exit_tokens"]
-            self.fill("my_exit_tokens", tokens, Origin("data", str(data_facts["file"])))
+            self.fill("my_exit_tokens", data_facts["exit_tokens"], Origin("data", str(data_facts["file"])))
         if not unlimited and not values["my_exit_tokens"]:
             return
         tokens = values["my_exit_tokens"] or (data_facts or {}).get("exit_tokens", 0)

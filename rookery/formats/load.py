@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rookery.adapters import attach
 from rookery.config import parse
 from rookery.errors import UserError
+from rookery.formats.adapter import AdapterFile, read_adapter
 from rookery.formats.weights import read_weights, weight_file
 from rookery.i18n import _
 from rookery.models import Model, ModelShape, create
@@ -21,14 +24,21 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     state: str | Path | None = None,
+    adapter: str | Path | AdapterFile | Sequence[str | Path | AdapterFile] = (),
+    any_base: bool = False,
     kernel: str = "auto",
 ) -> Model:
     """Load a model from a .pth, .safetensors or .st file or a run directory. All dimensions are read from the file.
+
+    The run directory of a state tuning or of an adapter stands for the model it began with and what it trained.
 
     Args:
         device: "auto" is the GPU if there is one.
         dtype: of the parameters; "auto" is the file's on a GPU and fp32 on a CPU.
         state: file with tuned initial states (`blocks.N.att.time_state`) to mount.
+        adapter: one or several, which add up: what `rookery.formats.read_adapter` reads, or what it gave (for an old
+            file that does not say its alpha). `rookery.adapters` calls the first "default", the others "2", "3" …
+        any_base: accept adapters that were trained on other weights of the same dimensions.
         kernel: back-end of the recurrence.
 
     Returns:
@@ -37,9 +47,15 @@ def load(
     Raises:
         UserError: a file is missing, damaged, of an unsupported version, or does not fit.
     """
-    tensors = read_weights(path)
-    file = weight_file(path)
-    shape = replace(shape_of(tensors, str(path)), head_size_divisor=divisor_beside(file))
+    sources = sources_of(path)
+    state = sources.state if state is None else state
+    adapters = [adapter] if isinstance(adapter, (str, Path, AdapterFile)) else list(adapter)
+    adapters = adapters or ([] if sources.adapter is None else [sources.adapter])
+
+    tensors = read_weights(sources.base)
+    file = weight_file(sources.base)
+    divisor = sources.head_size_divisor or divisor_beside(file)
+    shape = replace(shape_of(tensors, str(sources.base)), head_size_divisor=divisor)
     device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(dtype, str):
         if dtype != "auto":
@@ -49,7 +65,56 @@ def load(
     if state is not None:
         tensors |= read_state(state, shape)
     assign(model, tensors, str(file))
+    for number, one in enumerate(adapters, start=1):
+        content = one if isinstance(one, AdapterFile) else read_adapter(one)
+        content = content.fitted(tensors, file, any_base=any_base)
+        attach(model, content.config, "default" if number == 1 else str(number), tensors=content.tensors)
     return model.to(device=device, dtype=dtype).eval()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files that a model is loaded from."""
+
+    base: Path
+    state: Path | None = None
+    adapter: Path | None = None
+    head_size_divisor: int | None = None
+    """That of the run, where there is one."""
+
+
+def sources_of(path: str | Path) -> Sources:
+    """What `path` stands for: itself, or, if it is the run directory of a state tuning or of an adapter, the model that
+    the run began with and what it trained.
+
+    Raises:
+        UserError: that model is not where it was.
+    """
+    path = Path(path)
+    recipe = path / "config.toml"
+    if not recipe.exists():
+        return Sources(path)
+    try:
+        config = parse([], recipe).config
+    except UserError:  # not a configuration of ours, or one of a later version
+        return Sources(path)
+    tuned = config.adapter.peft
+    if tuned == "none":
+        return Sources(path)
+    base = Path(config.model.load_model) if config.model.load_model else path / "rwkv-init.pth"
+    if not base.exists() and not base.is_absolute():
+        base = path / base
+    if not base.exists():
+        raise UserError(
+            _(
+                "{folder} holds only what was trained on {base}, which is no longer there; give that model itself, and "
+                "{folder} as its adapter or state",
+                folder=path,
+                base=config.model.load_model or base,
+            )
+        )
+    divisor = config.model.head_size_divisor
+    return Sources(base, path, None, divisor) if tuned == "state" else Sources(base, None, path, divisor)
 
 
 def divisor_beside(file: Path) -> int:
@@ -90,11 +155,14 @@ def read_state(path: str | Path, shape: ModelShape) -> dict[str, Tensor]:
     return tensors
 
 
-def assign(model: Model, tensors: dict[str, Tensor], name: str) -> None:
+def assign(model: Model, tensors: dict[str, Tensor], name: str, *, share: bool = False) -> None:
     """Copy checkpoint tensors into the model; both must hold exactly the same parameters.
 
     Tuned states in the file are mounted. What no forward pass reads may be missing (the value residual of block 0 of
     x070) or left over (buffers of old trainers).
+
+    Args:
+        share: put the tensors themselves into the model, which may be on the meta device: memory-mapped ones stay so.
 
     Raises:
         UserError: tensors are missing, unknown, or of another shape.
@@ -118,6 +186,11 @@ def assign(model: Model, tensors: dict[str, Tensor], name: str) -> None:
                 wrong=_some(wrong),
             )
         )
+    if share:
+        dtype = tensors["emb.weight"].dtype
+        absent = {key: torch.zeros(parameters[key].shape, dtype=dtype) for key in parameters.keys() - tensors.keys()}
+        model.load_state_dict(tensors | absent, strict=False, assign=True)
+        return
     with torch.no_grad():
         for key, parameter in parameters.items():
             if key in tensors:

@@ -27,6 +27,7 @@ class RunFacts:
     tokens_per_step: int
     epoch_steps: int
     parameters: int
+    trained_parameters: int
     device: str
     """`cpu`, `cuda:0` …"""
 

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from rookery.config import TrainConfig
 from rookery.errors import Interrupted, UserError
-from rookery.formats import write_pth
 from rookery.i18n import _
 from rookery.train import checkpoint
 from rookery.train.callbacks import Callback
@@ -22,7 +22,6 @@ from rookery.train.loop import Step
 from rookery.train.monitor import Monitor, Record
 from rookery.train.rundir import RunDir
 from rookery.train.strategies.engine import Engine
-from rookery.train.weights import trained_weights
 
 SAVE_SECONDS = 600.0
 """Time between full checkpoints when `save_every` is not given."""
@@ -45,7 +44,14 @@ class Progress:
     """Steps of the current mini-epoch."""
     smooth_loss: float = math.nan
     val_loss: float | None = None
+    best_val_loss: float | None = None
+    worse_validations: int = 0
+    """Validations since the best one."""
     engine: dict[str, Any] = field(default_factory=dict)
+
+
+class StoppedEarly(Exception):
+    """The validation loss has not become better for `early_stop` validations; everything is saved."""
 
 
 class Keeper(Callback):
@@ -62,6 +68,7 @@ class Keeper(Callback):
         observers: Callback,
         stop: StopRequest,
         validate: Callable[[], float | None] | None,
+        save_weights: Callable[[str | int], Path],
         epoch_steps: int,
         total_steps: int,
     ) -> None:
@@ -71,6 +78,7 @@ class Keeper(Callback):
             progress: where the training stands; kept up to date here.
             monitor: flushed before anything is saved, so that a diverged model is never saved.
             validate: computes the validation loss; None when interrupted.
+            save_weights: writes the weights for others to use, under a name such as 3, "best" or "final".
         """
         self.progress = progress
         self._config = config
@@ -80,6 +88,7 @@ class Keeper(Callback):
         self._observers = observers
         self._stop = stop
         self._validate = validate
+        self._write_weights = save_weights
         self._epoch_steps = epoch_steps
         self._total_steps = total_steps
         self._saved_at = time.monotonic()
@@ -102,12 +111,15 @@ class Keeper(Callback):
         self._monitor.flush()
         if validation_due:
             self._run_validation()
-        if epoch_ends or finished:
+        early = not finished and self.stopped_early()
+        if epoch_ends or finished or early:
             self._end_epoch(step.number, whole=epoch_ends)
-        if finished:
+        if finished or early:
             self._save_weights("final")
-        if checkpoint_due or finished or self._stop.made:
+        if checkpoint_due or finished or early or self._stop.made:
             self.save_checkpoint()
+        if early:
+            raise StoppedEarly
         if self._stop.made and not finished:
             raise Interrupted(
                 _("Stopped and saved at step {step}. The same command goes on from here.", step=step.number)
@@ -131,9 +143,19 @@ class Keeper(Callback):
         assert self._validate is not None
         self._observers.on_phase("evaluating")
         loss = self._validate()
-        if loss is not None:
-            self.progress.val_loss = loss
-            self._observers.on_validation(self.progress.step, loss)
+        if loss is None:
+            return
+        self.progress.val_loss = loss
+        self._observers.on_validation(self.progress.step, loss)
+        if self.progress.best_val_loss is None or loss < self.progress.best_val_loss:
+            self.progress.best_val_loss, self.progress.worse_validations = loss, 0
+            self._save_weights("best")
+        else:
+            self.progress.worse_validations += 1
+
+    def stopped_early(self) -> bool:
+        """Whether `early_stop` ends the run here."""
+        return 0 < self._config.data.early_stop <= self.progress.worse_validations
 
     def _end_epoch(self, step: int, *, whole: bool) -> None:
         """Log line and weights of the mini-epoch that ended; of the last one also when it is not whole."""
@@ -152,7 +174,7 @@ class Keeper(Callback):
 
     def _save_weights(self, name: str | int) -> None:
         self._observers.on_phase("saving")
-        write_pth(self._rundir.weights_file(name), trained_weights(self._engine, self._config))
+        self._write_weights(name)
 
     def save_checkpoint(self) -> None:
         """Saves everything needed to go on exactly from here.

@@ -17,32 +17,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from rookery.config import Origins, Resolved, TrainConfig, differences, parse, resolve, to_toml
-from rookery.config.tree import DataSection, RunSection
+from rookery.config import Origins, Resolved, TrainConfig, differences, parse, to_toml
+from rookery.config.tree import RunSection
 from rookery.data import Dataset, open_dataset
 from rookery.errors import Interrupted, UserError
-from rookery.formats import write_pth
 from rookery.i18n import _
 from rookery.models import Model
 from rookery.train import checkpoint, divergence
 from rookery.train.batches import batches
 from rookery.train.callbacks import Callback, MetricsFile, Observers, RunFacts, StatusFile, flat
-from rookery.train.device import describe, device_facts, keep_freed_memory
+from rookery.train.device import describe, keep_freed_memory
 from rookery.train.infctx import chunk_losses
 from rookery.train.interrupt import StopRequest
-from rookery.train.keeper import Keeper, Progress
+from rookery.train.keeper import Keeper, Progress, StoppedEarly
 from rookery.train.loop import Batch, LossFunction, Part, fit
 from rookery.train.monitor import Diverged, Monitor
 from rookery.train.optim import build_optimizer, parameter_groups
 from rookery.train.precision import DTYPES, set_matmul_precision
+from rookery.train.prepare import prepare_run
 from rookery.train.progress import display
 from rookery.train.rundir import Phase, RunDir, RunFiles, replace_text
 from rookery.train.schedule import Schedule
-from rookery.train.start import Start, find_start
-from rookery.train.strategies import Engine, check_devices, create_engine
+from rookery.train.start import Start
+from rookery.train.strategies import Engine, create_engine
 from rookery.train.trackers import TensorBoard, Tracker, WandB
 from rookery.train.validate import Validation
-from rookery.train.weights import build_model, trained_weights
+from rookery.train.weights import WeightFiles, build_model
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the operating system answers when the disk, a quota or the largest file size is used up."""
@@ -72,7 +72,7 @@ def prepare(config: TrainConfig, origins: Origins | None = None) -> Resolved:
     Raises:
         UserError: data or weights are missing, or do not fit what was asked for.
     """
-    return _Preparation(config, origins, RunFiles(config.run.proj_dir), report=lambda text: None).resolved
+    return prepare_run(config, origins, RunFiles(config.run.proj_dir), report=lambda text: None).resolved
 
 
 def run(config: TrainConfig, origins: Origins | None = None, *, callbacks: Iterable[Callback] = ()) -> RunResult:
@@ -127,41 +127,12 @@ def run(config: TrainConfig, origins: Origins | None = None, *, callbacks: Itera
         rundir.close()
 
 
-class _Preparation:
-    """Data, starting point and resolved configuration."""
-
-    def __init__(
-        self, config: TrainConfig, origins: Origins | None, files: RunFiles, report: Callable[[str], None]
-    ) -> None:
-        check_devices(config.device)
-        self.start = find_start(config, files, report)
-        model_facts = self.start.model_facts()
-        # 0 asks for a character vocabulary, whatever it was found to be in an earlier session.
-        vocab_size = config.model.vocab_size
-        grows = config.run.train_stage == 1 and vocab_size is not None
-        if model_facts is not None and vocab_size != 0 and not grows:
-            vocab_size = model_facts["vocab_size"]
-        self.dataset = open_dataset(
-            config.data,
-            vocab_size=vocab_size,
-            seed=max(0, config.run.random_seed),
-            random_places=config.run.train_stage == 4,
-        )
-        self.resolved = resolve(
-            config,
-            origins,
-            model_facts=model_facts,
-            data_facts=vars(self.dataset.facts),
-            device_facts=device_facts(),
-        )
-
-
 def _run(
     config: TrainConfig, origins: Origins | None, rundir: RunDir, observers: Observers, stop: StopRequest
 ) -> RunResult:
     observers.add(StatusFile(rundir))
     observers.on_phase("preparing")
-    prepared = _Preparation(config, origins, rundir, observers.on_message)
+    prepared = prepare_run(config, origins, rundir, observers.on_message)
     start, dataset = prepared.start, prepared.dataset
     config = prepared.resolved.config
     for note in [*dataset.notes, *prepared.resolved.notes]:
@@ -174,14 +145,16 @@ def _run(
     _set_seeds(config.run.random_seed)
     set_matmul_precision(str(config.run.precision))
     keep_freed_memory()
-    model = build_model(config, start, rundir.weights_file("init"))
+    model = build_model(config, start, rundir)
     if config.run.train_stage == 1:
         file = rundir.weights_file("init")
         return RunResult(0, None, None, 0, rundir.path, file, _("initial weights are in {file}", file=file))
     engine = _build_engine(config, model)
     progress = _restore(config, start, engine)
+    weights = WeightFiles(config, start, rundir, engine)
+    validation = prepared.validation
     del start, prepared  # closes the mapped weight files: Windows could not remove an old checkpoint else
-    return _train(config, dataset, engine, progress, rundir, observers, stop)
+    return _train(config, dataset, validation, engine, weights, progress, rundir, observers, stop)
 
 
 def _refuse_other_configuration(rundir: RunDir, config: TrainConfig) -> None:
@@ -220,6 +193,7 @@ def _build_engine(config: TrainConfig, model: Model) -> Engine:
         weight_decay=optim.weight_decay > 0,
         layerwise_lr=optim.layerwise_lr > 0,
         second_stage=config.run.train_stage == 2,
+        lora_plus_ratio=config.adapter.lora_plus_ratio,
     )
     build = partial(build_optimizer, groups=groups, betas=(optim.beta1, optim.beta2), eps=float(optim.adam_eps or 0))
     dtype = DTYPES[str(config.run.precision)]
@@ -258,7 +232,9 @@ def _schedule(config: TrainConfig, tokens_per_step: int, first_step: int) -> Sch
 def _train(
     config: TrainConfig,
     dataset: Dataset,
+    validation: Dataset | None,
     engine: Engine,
+    weights: WeightFiles,
     progress: Progress,
     rundir: RunDir,
     observers: Observers,
@@ -270,7 +246,7 @@ def _train(
     tokens_per_step = samples_per_step * config.data.ctx_len
     epoch_steps = int(run.epoch_steps or 0)
     schedule = _schedule(config, tokens_per_step, progress.run_first_step)
-    final = rundir.weights_file("final")
+    final = weights.file("final")
 
     def result(reason: str) -> RunResult:
         return RunResult(
@@ -283,9 +259,9 @@ def _train(
             exit_reason=reason,
         )
 
-    if progress.step >= schedule.total_steps:
+    if progress.step >= schedule.total_steps or 0 < config.data.early_stop <= progress.worse_validations:
         if not final.exists():
-            write_pth(final, trained_weights(engine, config))
+            weights.write("final")
         reason = _("all {steps} steps were already trained; the model is {file}", steps=progress.step, file=final)
         observers.on_message(reason)
         return result(reason)
@@ -304,7 +280,8 @@ def _train(
         monitor=monitor,
         observers=observers,
         stop=stop,
-        validate=_validator(config, dataset, engine, loss_function, stop),
+        validate=_validator(config, validation, engine, loss_function, stop),
+        save_weights=weights.write,
         epoch_steps=epoch_steps,
         total_steps=schedule.total_steps,
     )
@@ -317,6 +294,7 @@ def _train(
         tokens_per_step=tokens_per_step,
         epoch_steps=epoch_steps,
         parameters=sum(p.numel() for p in engine.model.parameters()),
+        trained_parameters=sum(p.numel() for p in engine.model.parameters() if p.requires_grad),
         device=str(engine.device),
     )
     _announce(facts, engine.device, observers)
@@ -340,6 +318,16 @@ def _train(
             accumulate=run.accumulate_grad_batches,
             after_step=[monitor, keeper],
         )
+    except StoppedEarly:
+        reason = _(
+            "the validation loss has not become better for {count} validations: stopped at step {steps}; the best is "
+            "{file}",
+            count=progress.worse_validations,
+            steps=progress.step,
+            file=weights.file("best"),
+        )
+        observers.on_message(reason)
+        return result(reason)
     except Diverged as error:
         raise UserError(_explain(error, engine, loss_function, rundir)) from error
     reason = _("trained {steps} steps; the model is {file}", steps=progress.step, file=final)
@@ -358,22 +346,11 @@ def _open_training_data(config: TrainConfig) -> Dataset:
 
 
 def _validator(
-    config: TrainConfig, training: Dataset, engine: Engine, loss_function: LossFunction, stop: StopRequest
+    config: TrainConfig, dataset: Dataset | None, engine: Engine, loss_function: LossFunction, stop: StopRequest
 ) -> Callable[[], float | None] | None:
-    """Computes the validation loss, if there is a `val_file`."""
-    if not config.data.val_file:
+    """Computes the validation loss, if there are data for it."""
+    if dataset is None:
         return None
-    # Validation reads everything there is, in windows or documents, whatever the order of training.
-    section = DataSection(
-        tokenizer=config.data.tokenizer,
-        ctx_len=config.data.ctx_len,
-        loss_mask=config.data.loss_mask,
-        mask_id=config.data.mask_id,
-        dataload=config.data.dataload,
-    )
-    dataset = open_dataset(
-        section, vocab_size=config.model.vocab_size, data_file=config.data.val_file, tokenizer=training.tokenizer
-    )
     validation = Validation(dataset, config.run.micro_bsz, engine.device)
     return lambda: validation.loss(engine.model, loss_function, lambda: stop.made)
 
@@ -423,6 +400,10 @@ def _log_new_run(config: TrainConfig, rundir: RunDir) -> None:
 def _announce(facts: RunFacts, device: torch.device, observers: Observers) -> None:
     """Tells everybody that training begins."""
     model, log = facts.config.model, facts.config.log
+    parameters = f"{facts.parameters / 1e6:.3g}"
+    if facts.trained_parameters < facts.parameters:
+        trained = f"{facts.trained_parameters / 1e6:.3g}"
+        parameters = _("{trained} of {all}", trained=trained, all=parameters)
     observers.on_message(
         _(
             "{version} L{n_layer} D{n_embd}, {parameters} M parameters, {precision} on {device}; "
@@ -430,7 +411,7 @@ def _announce(facts: RunFacts, device: torch.device, observers: Observers) -> No
             version=model.version,
             n_layer=model.n_layer,
             n_embd=model.n_embd,
-            parameters=f"{facts.parameters / 1e6:.3g}",
+            parameters=parameters,
             precision=facts.config.run.precision,
             device=describe(device),
             steps=facts.total_steps,

@@ -5,6 +5,7 @@ status.json      phase, progress, ETA, pid, exit reason; replaced atomically
 metrics.jsonl    one line a step
 train_log.txt    RWKV-LM's line a mini-epoch
 rwkv-init.pth  rwkv-0.pth …  rwkv-final.pth
+adapter-init.safetensors  adapter-0.safetensors …  adapter-final.safetensors    of an adapter's training
 checkpoints/     full state
 """
 
@@ -36,8 +37,22 @@ class RunFiles:
         self.checkpoints = self.path / "checkpoints"
 
     def weights_file(self, name: str | int) -> Path:
-        """`rwkv-init.pth`, `rwkv-0.pth`, `rwkv-final.pth` …"""
-        return self.path / f"rwkv-{name}.pth"
+        """`rwkv-init.pth`, `rwkv-0.pth`, `rwkv-final.pth` …, and `best.pth`: RWKV-LM's trainer, when it goes on in this
+        directory, would take any other word after `rwkv-` for a number."""
+        return self.path / ("best.pth" if name == "best" else f"rwkv-{name}.pth")
+
+    def adapter_file(self, name: str | int) -> Path:
+        """`adapter-init.safetensors`, which training begins with, `adapter-0.safetensors` …, `adapter-best` and
+        `adapter-final`."""
+        return self.path / f"adapter-{name}.safetensors"
+
+    def numbered_adapters(self) -> list[tuple[int, Path]]:
+        """(N, adapter-N.safetensors), newest first."""
+        found = []
+        for file in self.path.glob("adapter-*.safetensors"):
+            if match := re.fullmatch(r"adapter-(\d+)\.safetensors", file.name):
+                found.append((int(match[1]), file))
+        return sorted(found, reverse=True)
 
     def numbered_weights(self) -> list[tuple[int, Path]]:
         """(N, rwkv-N.pth), newest first, with rwkv-init.pth as -1: where RWKV-LM's trainer goes on from."""

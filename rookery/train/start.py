@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rookery.config import TrainConfig
 from rookery.errors import UserError
-from rookery.formats import read_weights, shape_of
+from rookery.formats import AdapterFile, read_adapter, read_weights, shape_of
 from rookery.i18n import _
 from rookery.models import ModelShape
 from rookery.train import checkpoint
@@ -31,6 +31,8 @@ class Start:
     """The checkpoint's state.json."""
     epoch: int = 0
     """First mini-epoch, when there is no checkpoint."""
+    adapter: AdapterFile | None = None
+    """Of an adapter's training: the adapter it goes on with, fitted to the base, which is `file`."""
 
     @property
     def shape(self) -> ModelShape | None:
@@ -41,23 +43,39 @@ class Start:
         shape = self.shape
         return None if shape is None else asdict(shape) | {"file": str(self.file)}
 
+    def adapter_facts(self) -> dict[str, Any] | None:
+        """What `rookery.config.resolve` wants to know of the adapter."""
+        if self.adapter is None:
+            return None
+        found = self.adapter.config
+        return {
+            "file": str(self.adapter.path),
+            "peft": found.method,
+            "lora_r": found.r,
+            "lora_alpha": found.alpha,
+            "rslora": found.rslora,
+            "miss_mode": found.miss_mode,
+            "target_modules": None if found.targets is None else list(found.targets),
+            "train_parts": list(found.train_parts),
+        }
+
 
 def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], None]) -> Start:
     """The newest sound checkpoint; else, from stage 2 on, the newest sound rwkv-N.pth of the run directory, where
     RWKV-LM's trainer goes on; else `load_model`; else rwkv-init.pth (stage 2 on); else nothing.
 
-    Stage 1 begins with `load_model` or with nothing. In state tuning, checkpoints and rwkv-N.pth hold the states alone
-    and are put over the weights of `load_model` or rwkv-init.pth.
+    Stage 1 begins with `load_model` or with nothing. In fine-tuning with `peft`, checkpoints, rwkv-N.pth of states and
+    adapter-N.safetensors hold only what trains, and are put over the weights of `load_model` or rwkv-init.pth.
 
     Args:
         report: told about each file that had to be passed over.
 
     Raises:
-        UserError: no file of the run directory can be read, or state tuning has no model to begin with.
+        UserError: no file of the run directory can be read, or fine-tuning has no model to begin with.
     """
     load_model, stage = config.model.load_model, config.run.train_stage
-    if config.adapter.peft == "state" and stage != 1:
-        return _find_states(config, files, report)
+    if config.adapter.peft != "none" and stage != 1:
+        return _find_fine_tuning(config, files, report)
     if stage != 1:
         for found in _checkpoints(files, report):
             return found
@@ -88,14 +106,38 @@ def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], Non
     return Start(epoch=config.run.epoch_begin)
 
 
-def _find_states(config: TrainConfig, files: RunFiles, report: Callable[[str], None]) -> Start:
-    """The start of a state tuning."""
+def _find_fine_tuning(config: TrainConfig, files: RunFiles, report: Callable[[str], None]) -> Start:
+    """The start of a training that leaves the model's weights as they are."""
     base = Path(config.model.load_model or files.weights_file("init"))
     if not config.model.load_model and not base.exists():
-        raise UserError(_("state tuning begins with a trained model: give --load_model"))
+        raise UserError(_("peft {peft} begins with a trained model: give it as --load_model", peft=config.adapter.peft))
     tensors = _merged_init_state(read_weights(base), files)
+    if config.adapter.peft == "state":
+        return _find_states(config, files, report, Start(base, tensors, epoch=config.run.epoch_begin))
+    new = Start(base, tensors, epoch=config.run.epoch_begin)
     for found in _checkpoints(files, report):
-        return replace(found, file=base, tensors=tensors | (found.tensors or {}))
+        return replace(
+            _with_adapter(new, files.adapter_file("init"), config), checkpoint=found.checkpoint, state=found.state
+        )
+    numbered = files.numbered_adapters()
+    if config.run.train_stage >= 2 and numbered:
+        number, file = numbered[0]
+        return replace(_with_adapter(new, file, config), epoch=number + 1)
+    return _with_adapter(new, Path(config.adapter.adapter_load), config) if config.adapter.adapter_load else new
+
+
+def _with_adapter(new: Start, path: Path, config: TrainConfig) -> Start:
+    # Only files of other tools leave open what alpha they were trained with.
+    alpha = config.adapter.lora_alpha if path.suffix == ".pth" else None
+    found = read_adapter(path, alpha=alpha, pissa_init=config.adapter.pissa_init or None)
+    return replace(new, adapter=found.fitted(new.tensors or {}, new.file or Path()))
+
+
+def _find_states(config: TrainConfig, files: RunFiles, report: Callable[[str], None], new: Start) -> Start:
+    """The start of a state tuning; `new` is that of its first session."""
+    tensors = new.tensors or {}
+    for found in _checkpoints(files, report):
+        return replace(found, file=new.file, tensors=tensors | (found.tensors or {}))
     for number, file in files.numbered_weights():
         if number < 0:
             continue
@@ -105,8 +147,8 @@ def _find_states(config: TrainConfig, files: RunFiles, report: Callable[[str], N
             report(_("{file} is passed over: {reason}", file=file, reason=error))
             continue
         if all(name.endswith(".att.time_state") for name in states):
-            return Start(base, tensors | states, epoch=number + 1)
-    return Start(base, tensors, epoch=config.run.epoch_begin)
+            return replace(new, tensors=tensors | states, epoch=number + 1)
+    return new
 
 
 def _checkpoints(files: RunFiles, report: Callable[[str], None]) -> Iterator[Start]:

@@ -6,28 +6,41 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rookery.adapters import AdapterConfig, adapter_tensors, attach, attached, initial_factors
 from rookery.config import TrainConfig
-from rookery.formats import assign, combine, write_pth
+from rookery.formats import Base, assign, combine, write_adapter, write_pth
 from rookery.models import Model, ModelShape, create, initialise
+from rookery.quant import quantise
 from rookery.train.precision import DTYPES
+from rookery.train.rundir import RunFiles
 from rookery.train.start import Start
 from rookery.train.strategies import Engine
 
 
-def build_model(config: TrainConfig, start: Start, init_file: Path) -> Model:
-    """The model on the CPU with fp32 weights; what does not train has no gradient.
+def build_model(config: TrainConfig, start: Start, files: RunFiles) -> Model:
+    """The model on the CPU. What trains has fp32 weights; what does not has no gradient.
 
-    A new one, and one that stage 1 makes of another, is written to `init_file` and begins as that file says.
+    A new one, and one that stage 1 makes of another, is written to rwkv-init.pth and begins as that file says; so it is
+    with a new adapter and adapter-init.safetensors.
     """
     shape = ModelShape.of_config(config.model)
     is_new = start.shape is None or config.run.train_stage == 1
     if start.shape is not None and not is_new:
         # Some ranks have no leaf, and those of a released model follow no rule.
         shape = replace(start.shape, parts=shape.parts, head_size_divisor=shape.head_size_divisor)
-    model = create(shape, kernel=config.run.kernel, dropout=config.optim.dropout)
+    if config.adapter.peft != "none" and not is_new:
+        model = _fine_tuned_model(config, start, shape, files)
+    else:
+        model = _whole_model(config, start, shape, is_new, files.weights_file("init"))
     model.grad_cp = bool(config.run.grad_cp)
+    return model.train()
+
+
+def _whole_model(config: TrainConfig, start: Start, shape: ModelShape, is_new: bool, init_file: Path) -> Model:
+    """A model all of which trains."""
+    model = create(shape, kernel=config.run.kernel, dropout=config.optim.dropout)
     tensors = start.tensors or {}
     if is_new:
         initialise(model, config.run.random_seed)
@@ -36,18 +49,36 @@ def build_model(config: TrainConfig, start: Start, init_file: Path) -> Model:
         initial = {name: tensor.to(dtype) for name, tensor in initial.items()}
         write_pth(init_file, initial)
         model.load_state_dict(initial)
-    else:
-        if config.model.load_partial:
-            initialise(model, config.run.random_seed)
-            tensors = model.state_dict() | tensors
-        assign(model, tensors, str(start.file))
-    if config.adapter.peft == "state":
-        _train_states_only(model)
-    return model.train()
+        return model
+    if config.model.load_partial:
+        initialise(model, config.run.random_seed)
+        tensors = model.state_dict() | tensors
+    assign(model, tensors, str(start.file))
+    return model
 
 
-def _train_states_only(model: Model) -> None:
+def _fine_tuned_model(config: TrainConfig, start: Start, shape: ModelShape, files: RunFiles) -> Model:
+    """A frozen model with states or an adapter that train. Its weights stay those of the mapped file as long as they
+    can, so that even the base of a quantised training is never in memory as a whole."""
+    tensors = start.tensors or {}
+    with torch.device("meta"):
+        model = create(shape, kernel=config.run.kernel, dropout=config.optim.dropout)
+    assign(model, tensors, str(start.file), share=True)
     model.requires_grad_(False)
+    if config.adapter.peft == "state":
+        _add_states(model)
+    else:
+        _add_adapter(model, config, start, files)
+    if config.adapter.quant != "none":
+        quantise(model, config.adapter.quant, low_rank=initial_factors(model))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Memory of its own: what trains must not write into the mapped file.
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+    return model
+
+
+def _add_states(model: Model) -> None:
     H, N = model.shape.n_head, model.shape.head_size
     for block in model.blocks:
         if block.att.time_state is None:
@@ -55,9 +86,47 @@ def _train_states_only(model: Model) -> None:
         block.att.time_state.requires_grad_(True)
 
 
-def trained_weights(engine: Engine, config: TrainConfig) -> dict[str, Tensor]:
-    """What rwkv-N.pth and rwkv-final.pth hold: the whole model, or of a state-tuned one the states alone."""
-    weights = engine.weights()
-    if config.adapter.peft == "state":
-        return {name: tensor for name, tensor in weights.items() if name.endswith(".att.time_state")}
-    return weights
+def _add_adapter(model: Model, config: TrainConfig, start: Start, files: RunFiles) -> None:
+    wanted = AdapterConfig.of_section(config.adapter)
+    if start.adapter is None:
+        attach(model, wanted, seed=config.run.random_seed)
+    else:
+        attach(model, replace(start.adapter.config, dropout=wanted.dropout), tensors=start.adapter.tensors)
+    if start.checkpoint is None:
+        base = Base.of(start.tensors or {}, start.file or Path())
+        write_adapter(files.adapter_file("init"), adapter_tensors(model), attached(model)["default"].config, base)
+
+
+class WeightFiles:
+    """Writes what a run has trained, for other tools: rwkv-N.pth with the whole model or, of a state-tuned one, the
+    states alone; adapter-N.safetensors of an adapter, and with `merge` rwkv-N.pth beside it."""
+
+    def __init__(self, config: TrainConfig, start: Start, files: RunFiles, engine: Engine) -> None:
+        self._config = config
+        self._files = files
+        self._engine = engine
+        self._base_file = start.file
+        self._base = None
+        if config.adapter.peft not in ("none", "state"):
+            self._base = Base.of(start.tensors or {}, start.file or Path())
+
+    def file(self, name: str | int) -> Path:
+        """Where the weights called `name` are written."""
+        return self._files.weights_file(name) if self._base is None else self._files.adapter_file(name)
+
+    def write(self, name: str | int) -> Path:
+        """Write the weights as they are now."""
+        file = self.file(name)
+        weights = self._engine.weights()
+        if self._base is None:
+            if self._config.adapter.peft == "state":
+                weights = {key: tensor for key, tensor in weights.items() if key.endswith(".att.time_state")}
+            write_pth(file, weights)
+            return file
+        model: Model = self._engine.model  # type: ignore[assignment]
+        write_adapter(file, adapter_tensors(model, weights=weights), attached(model)["default"].config, self._base)
+        if self._config.adapter.merge and self._base_file is not None:
+            from rookery.formats.merge import merge
+
+            merge(self._base_file, file, self._files.weights_file(name))
+        return file

@@ -15,7 +15,7 @@ from rookery.train.progress import LiveDisplay, PlainDisplay, duration
 
 
 def facts(config, tmp_path) -> RunFacts:
-    return RunFacts(config(), tmp_path, 0, 100, 32, 10, 1000, "cpu")
+    return RunFacts(config(), tmp_path, 0, 100, 32, 10, 1000, 1000, "cpu")
 
 
 def record(step: int, eta: float | None = 60.0) -> Record:

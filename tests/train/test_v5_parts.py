@@ -81,8 +81,8 @@ def test_state_tuning_equals_its_plain_restatement(config, tmp_path, capsys, ver
     )
     rookery.train.run(tuning)
     said = capsys.readouterr().out
-    assert "lr_init is 1.0 when it is not given" in said
-    assert "lr_final is 0.01 when it is not given" in said
+    assert "lr_init is 1.0, the custom of state tuning" in said
+    assert "lr_final is 0.01, the custom of state tuning" in said
     expected, states = tuned_by_hand(base, tuning)
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=2e-5)
     final = read_weights(tmp_path / "run" / "rwkv-final.pth")
