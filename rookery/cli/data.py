@@ -1,17 +1,21 @@
-"""`rookery data`: make binidx data, and look into them."""
+"""`rookery data`: make binidx data, look into them, and see what training would make of any data."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from rookery.cli import flags
+from rookery.cli.flags import FlagsCommand
 from rookery.i18n import N_, _
 
 if TYPE_CHECKING:
@@ -35,7 +39,9 @@ class OnError(StrEnum):
 
 @app.command(no_args_is_help=True, context_settings=SETTINGS)
 def make(
-    source: Path = typer.Argument(..., metavar="IN.jsonl", help="A .jsonl or .txt file, or a folder of .txt files"),
+    source: Path = typer.Argument(
+        ..., metavar="IN.jsonl", help="A .jsonl, .json or .txt file, or a folder of .txt files"
+    ),
     epochs: int = typer.Argument(1, metavar="N", min=1, help="How often each document is written"),
     ctx_len: int = typer.Argument(1024, metavar="CTX_LEN", min=1, help="Tokens of a sample, for the magic prime"),
     output: Path = typer.Option(None, "--output", "-o", metavar="PREFIX", help="Where PREFIX.bin and PREFIX.idx go"),
@@ -46,6 +52,16 @@ def make(
     ),
     on_error: OnError = typer.Option(OnError.stop, "--on-error", help="Stop at a bad line, or skip it"),
     workers: int = typer.Option(0, min=0, help="Processes; 0 = as the machine and the input suggest"),
+    data_format: str = typer.Option(
+        "auto", "--data-format", help="What the rows are: text, messages, sharegpt, alpaca or prompt; auto detects it"
+    ),
+    template: str = typer.Option("world", help="How conversations become text: world or g1"),
+    sft_field: tuple[str, str] = typer.Option(
+        (None, None),
+        "--sft-field",
+        metavar="PROMPT COMPLETION",
+        help="The two fields of a row, when they are other ones",
+    ),
 ) -> None:
     """Turn text into binidx training data, as the reference's make_data.py does."""
     from rookery import data
@@ -61,7 +77,19 @@ def make(
             seed=seed,
             on_error="skip" if on_error is OnError.skip else "stop",
             workers=workers,
+            data_format=data_format,
+            fields=sft_field if all(sft_field) else None,
+            template=template,  # type: ignore[arg-type]  # checked there
             progress=progress,
+        )
+    if made.reader.format != "text":
+        typer.echo(
+            _(
+                "rows of format {format} became text (template {template}); binidx cannot hold what is to be trained: "
+                "--loss_mask answer finds the answers again",
+                format=made.reader.format,
+                template=made.reader.template,
+            )
         )
     if made.skipped:
         typer.echo(_("left out {count} bad lines; the first of them:", count=made.skipped))
@@ -121,6 +149,45 @@ def info(
     for label, value in rows:
         typer.echo(f"{label}: {value}")
     echo_prime(data.tokens, ctx_len)
+
+
+class DataFlagsCommand(FlagsCommand):
+    """A command for which only the data matter."""
+
+    sections = ("data",)
+
+
+@app.command(
+    cls=DataFlagsCommand,
+    context_settings=flags.SETTINGS,
+    options_metavar="FILE [--FLAG VALUE]...",
+    no_args_is_help=True,
+)
+def preview(
+    context: typer.Context,
+    rows: int = typer.Option(3, min=0, help="Documents to show"),
+    everything: bool = typer.Option(False, "--all", help="Look at all of a large file, not only at its beginning"),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON"),
+) -> None:
+    """Show what training would make of data: the first documents with what is trained, and how long all of them are.
+
+    FILE is whatever --data_file takes; the other flags are those of rookery train, or its recipe.toml.
+    """
+    from rookery.cli.preview import print_preview
+    from rookery.config import parse
+    from rookery.data.preview import preview as look
+
+    words = list(context.args)
+    if words and not words[0].startswith("-") and not words[0].endswith(".toml"):
+        words.insert(0, "--data_file")
+    parsed = parse(words)
+    flags.tell(parsed)
+    with progress_display() as progress:
+        found = look(parsed.config.data, rows=rows, everything=everything, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+    else:
+        print_preview(found)
 
 
 def id_range(data: BinIdx) -> tuple[int, int]:

@@ -44,6 +44,12 @@ class Content:
         """int64 (documents), first token of each."""
         return np.cumsum(self.sizes, dtype=np.int64) - self.sizes
 
+    def part(self, first: int, last: int) -> Content:
+        """The documents from number `first` up to but without `last`. Nothing is copied."""
+        start, stop = int(self.starts[first]), int(self.starts[last - 1] + self.sizes[last - 1])
+        said = None if self.said is None else self.said[start:stop]
+        return replace(self, stream=self.stream[start:stop], sizes=self.sizes[first:last], said=said)
+
     def take(self, chosen: np.ndarray) -> Content:
         """Some of the documents; `chosen` is bool (documents). Nothing is copied."""
         if chosen.all():

@@ -138,15 +138,22 @@ class _Opening:
         self.seed = seed
         self.places = places
         self.notes: list[str] = []
-        conversations = content.said is not None
-        self.dataload = data.dataload if data.dataload != "auto" else "pack" if conversations else "get"
-        self.loss_mask = data.loss_mask if data.loss_mask != "auto" else "answer" if conversations else "none"
+        self.dataload, self.loss_mask = how_to_read(data, content.said is not None)
         self.rows = len(content.sizes)
         # What an answer is, the data say best themselves.
         self.content = content if self.loss_mask == "answer" else replace(content, said=None)
-        self.mask = None if self.content.said is not None else _mask(self.loss_mask, data, content.tokenizer)
+        self.mask = None if self.content.said is not None else make_mask_of(self.loss_mask, data, content.tokenizer)
         self.prime = self.cut = self.left_out = 0
         self.trained: int | None = None
+        if content.said is not None:
+            self.notes.append(
+                _(
+                    "{file}: conversations (data_format {format}), written with template {template}",
+                    file=data.data_file,
+                    format=content.data_format,
+                    template=data.template,
+                )
+            )
         if content.thoughts_lost:
             self.notes.append(
                 _(
@@ -408,7 +415,15 @@ def mix_shares(mix: list[str]) -> list[tuple[str, Fraction]]:
     return found
 
 
-def _mask(loss_mask: str, data: DataSection, tokenizer: Tokenizer) -> Mask | None:
+def how_to_read(data: DataSection, conversations: bool) -> tuple[str, str]:
+    """`dataload` and `loss_mask`, decided for data that are `conversations` or not."""
+    dataload = data.dataload if data.dataload != "auto" else "pack" if conversations else "get"
+    loss_mask = data.loss_mask if data.loss_mask != "auto" else "answer" if conversations else "none"
+    return dataload, loss_mask
+
+
+def make_mask_of(loss_mask: str, data: DataSection, tokenizer: Tokenizer) -> Mask | None:
+    """The mask that looks at the tokens; None when all of them count."""
     if loss_mask in ("none", "pad"):
         return None
     # Only here and for packing, because nothing else in reading data needs Numba.

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from rookery.errors import UserError
 from rookery.i18n import _
@@ -197,9 +197,16 @@ def choose_reader(
     Raises:
         UserError: nothing is said, and none of the first rows is of a known format.
     """
+    if data_format not in ("auto", *FORMATS):
+        known = ", ".join(("auto", *FORMATS))
+        raise UserError(_("data_format {format}: expected one of {known}", format=data_format, known=known))
+    if template not in get_args(Template):
+        known = ", ".join(get_args(Template))
+        raise UserError(_("template {template}: expected one of {known}", template=template, known=known))
     if fields:
         if len(fields) != 2:
-            raise UserError(_("sft_field takes two names, of prompt and completion; it has: {names}", names=fields))
+            names = ", ".join(fields)
+            raise UserError(_("sft_field takes two names, of prompt and completion, not {names}", names=names))
         if data_format not in ("auto", "prompt"):
             raise UserError(_("sft_field names the fields of data_format prompt, not {format}", format=data_format))
         return RowReader("prompt", template, (fields[0], fields[1]))
