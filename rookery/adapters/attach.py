@@ -14,6 +14,7 @@ from rookery.adapters.methods import PiSSA, create
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.models import Model
+from rookery.ops.backend import exact_dtype
 from rookery.ops.linear import Linear
 
 
@@ -40,9 +41,9 @@ def attach(
     seed: int = 0,
     *,
     tensors: Mapping[str, Tensor] | None = None,
-    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Add an adapter to a model. From then on only it trains; what was there is frozen.
+    """Add an adapter to a model. From then on only it trains; what was there is frozen. Its parameters are fp32, or
+    fp64 on an fp64 model, until the model is moved to another dtype.
 
     A new adapter changes nothing. To have a quantised base, quantise it after this call, with `initial_factors`: the
     adapter then begins with the unrounded weights.
@@ -52,7 +53,6 @@ def attach(
         seed: of a new adapter's initial values.
         tensors: values of a trained adapter, named as `adapter_tensors` names them. Base parameters among them are its
             own, whatever `train_parts` says.
-        weights: a checkpoint's tensors by name, of which the matrices are used where the model's own are not set yet.
 
     Raises:
         UserError: the model has no such matrices, the tensors do not fit it, or another adapter has the same name or
@@ -71,28 +71,29 @@ def attach(
     if tensors is not None:
         expected = {key: tuple(p.shape) for key, p in whole.items() if key in tensors}
         expected |= {f"{path}.{part}": shape for path, m in methods.items() for part, shape in m.shapes().items()}
-        _check(expected, tensors)
+        check_tensors(expected, tensors)
 
     like = model.emb.weight
     generator = torch.Generator().manual_seed(seed)
     for path, method in methods.items():
         linear = targets[path]
-        weight = linear.dense() if weights is None else weights[f"{path}.weight"].to(like.device)
+        weight = linear.dense()
         if tensors is None:
             method.to_empty(device="cpu")
             method.initialise(weight, generator)
         else:
             method.assign({part: tensors[f"{path}.{part}"].clone() for part in method.shapes()})
         method.bind(weight)
-        linear.adapters[name] = method.to(like.device, like.dtype).train(linear.training)
-    registry[name] = Attached(config, other={key: p.detach().clone() for key, p in whole.items()})
+        linear.adapters[name] = method.to(like.device, exact_dtype(like.dtype)).train(linear.training)
+    registry[name] = Attached(config)
     model.requires_grad_(False)
     for method in methods.values():
         method.requires_grad_(True)
     for key, parameter in whole.items():
         parameter.requires_grad_(True)
-        if key in given:
-            parameter.data.copy_(given[key])
+        # New memory for the adapter's values: the base's may be a mapped file.
+        registry[name].other[key] = parameter.data
+        parameter.data = given.get(key, parameter.data).to(parameter.device, parameter.dtype, copy=True)
 
 
 def detach(model: Model, name: str = "default") -> None:
@@ -115,8 +116,8 @@ def enable(model: Model, name: str, enabled: bool = True) -> None:
             module.adapters[name].enabled = enabled
     for key, value in adapter.other.items():
         parameter = model.get_parameter(key)
-        adapter.other[key] = parameter.detach().clone()
-        parameter.data.copy_(value)
+        adapter.other[key] = parameter.data
+        parameter.data = value.to(parameter.device, parameter.dtype)
 
 
 def adapter_tensors(
@@ -184,7 +185,11 @@ def _names_of(module: str) -> set[str]:
     return {module, short, *short.split(".")}
 
 
-def _check(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        UserError: the tensors of an adapter have other names or shapes than expected.
+    """
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise UserError(

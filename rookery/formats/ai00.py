@@ -29,9 +29,10 @@ def is_ai00(tensors: Mapping[str, Tensor]) -> bool:
     """Whether tensors are in this layout, as far as a model or an adapter tells; a state looks the same in both."""
     if any(name.endswith((".time_first", ".time_mix_w1", ".lora.0")) for name in tensors):
         return True
-    width = tensors["emb.weight"].shape[1] if "emb.weight" in tensors else None
     low_rank = tensors.get("blocks.0.att.w1")
-    return low_rank is not None and low_rank.shape[0] != width
+    if low_rank is None or "emb.weight" not in tensors:
+        return False
+    return low_rank.shape[0] != tensors["emb.weight"].shape[1]
 
 
 def to_rwkv(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

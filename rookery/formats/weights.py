@@ -49,8 +49,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def weight_file(path: str | Path) -> Path:
     """The weight file meant by `path`: itself; of a run directory the newest weights: rwkv-final.pth, else the last
-    written of rwkv-N.pth and the checkpoints an unfinished run goes on from, else rwkv-init.pth; of a Hugging Face
-    directory model.safetensors, or the index of its parts."""
+    written of rwkv-N.pth and the checkpoints an unfinished run goes on from, else its newest adapter, else
+    rwkv-init.pth; of a Hugging Face directory model.safetensors, or the index of its parts."""
     path = Path(path)
     if not path.exists():
         raise UserError(_("{path} does not exist", path=path))
@@ -63,6 +63,9 @@ def weight_file(path: str | Path) -> Path:
     candidates = [*numbered, *path.glob("checkpoints/step-*/weights.safetensors")]
     if candidates:
         return max(candidates, key=lambda file: file.stat().st_mtime_ns)
+    adapters = list(path.glob("adapter-*.safetensors"))
+    if adapters:
+        return max(adapters, key=lambda file: file.stat().st_mtime_ns)
     initial = path / "rwkv-init.pth"
     if initial.exists():
         return initial
