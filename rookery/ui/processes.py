@@ -14,7 +14,7 @@ import psutil
 
 from rookery.i18n import language
 
-ROOKERY = (sys.executable, "-m", "rookery")
+ROOKERY = (sys.executable, "-P", "-m", "rookery")
 
 BREAK = """
 import ctypes, sys

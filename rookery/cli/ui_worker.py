@@ -1,0 +1,94 @@
+"""The helper process of the console: answers questions that need torch, one JSON object a line, until its input ends.
+
+`python -m rookery.cli.ui_worker`; `rookery.ui.worker` speaks with it. A question has ``operation`` (a key of
+`OPERATIONS`), ``language`` and arguments; the answer ``result``, or ``error`` in words for people and ``trace`` when it
+is our fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rookery.errors import UserError
+from rookery.i18n import set_language
+
+
+def check(words: list[str]) -> dict[str, Any]:
+    """What `rookery train WORDS` would do: every value and where it comes from, and what it says about them."""
+    from rookery.config import differences, parse
+    from rookery.config.tree import SECTION_OF, get
+    from rookery.data import BinIdx
+    from rookery.train import prepare
+    from rookery.train.rundir import RunFiles
+
+    parsed = parse(words)
+    resolved = prepare(parsed.config, parsed.origins)
+    config = resolved.config
+    files = RunFiles(config.run.proj_dir)
+    other: list[Any] = []
+    if files.config_file.exists() and any(files.checkpoints.glob("step-*")):
+        other = [(d.leaf, d.before, d.after) for d in differences(parse([], files.config_file).config, config)]
+    data = BinIdx(config.data.data_file) if config.data.data_type == "binidx" else None
+    return {
+        "data": data and {"tokens": data.tokens, "documents": len(data)},
+        "values": {leaf: get(config, leaf) for leaf in SECTION_OF},
+        "origins": {leaf: str(resolved.origins[leaf]) for leaf in SECTION_OF},
+        "notes": [*parsed.notes, *resolved.notes],
+        "differences": other,
+    }
+
+
+def describe(paths: list[str]) -> list[dict[str, Any]]:
+    """What each file holds; ``error`` of one that cannot be read."""
+    from rookery.formats.describe import describe as facts_of
+
+    found = []
+    for path in paths:
+        try:
+            found.append(facts_of(Path(path)))
+        except UserError as error:
+            found.append({"file": path, "error": str(error)})
+    return found
+
+
+def preview(data: dict[str, Any], rows: int) -> dict[str, Any]:
+    """What training would make of data: `data` are settings of the section of that name."""
+    from rookery.config.tree import DataSection
+    from rookery.data.preview import preview as look
+
+    return asdict(look(DataSection(**data), rows=rows))
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {"check": check, "describe": describe, "preview": preview}
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one question."""
+    set_language(question.pop("language"))
+    try:
+        return {"result": OPERATIONS[question.pop("operation")](**question)}
+    except UserError as error:
+        return {"error": str(error), "trace": ""}
+    except Exception as error:
+        return {"error": str(error) or type(error).__name__, "trace": traceback.format_exc()}
+
+
+def main() -> None:
+    """Answer until the console closes the pipe."""
+    # What a library prints must not be taken for an answer.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        replies.write(json.dumps(answer(json.loads(line)), default=str) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Commands that a page starts and follows: convert data, convert a model, merge."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rookery.errors import UserError
+from rookery.i18n import _
+from rookery.ui import failures, processes
+from rookery.ui.form import quoted
+from rookery.ui.runs import read_from
+
+PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
+
+
+class Jobs:
+    """Commands of this session, newest first."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[int, dict[str, Any]] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="rookery-console-"))
+
+    def start(self, kind: str, title: str, words: list[str], folder: Path, result: str = "") -> dict[str, Any]:
+        """Start `rookery WORDS`.
+
+        Args:
+            kind: what the page does with it: "data", "merge", "convert".
+            title: for people.
+            result: the path it will write.
+        """
+        number = len(self._jobs) + 1
+        log = self._folder / f"{number}.log"
+        pid = processes.start(processes.rookery_command(*words), folder, log)
+        self._jobs[number] = {
+            "id": number,
+            "kind": kind,
+            "title": title,
+            "command": quoted(["rookery", *words]),
+            "result": result,
+            "pid": pid,
+            "log": log,
+            "started": time.time(),
+            "ended": None,
+            "cancelled": False,
+        }
+        return self.state(number)
+
+    def state(self, number: int) -> dict[str, Any]:
+        """What the page shows of a job.
+
+        Raises:
+            UserError: there is no such job.
+        """
+        job = self._jobs.get(number)
+        if job is None:
+            raise UserError(_("there is no command number {number}", number=number))
+        status = processes.exit_status(job["pid"])
+        if status is not None and job["ended"] is None:
+            job["ended"] = time.time()
+        output, _end = read_from(job["log"], -20_000)
+        failed = status not in (None, 0) and not job["cancelled"]
+        percents = PERCENT.findall(output)
+        return {
+            **{name: job[name] for name in ("id", "kind", "title", "command", "result", "started", "ended")},
+            "state": "running" if status is None else "cancelled" if job["cancelled"] else "failed" if failed else "done",
+            "percent": 100.0 if status == 0 else float(percents[-1]) if percents else None,
+            "output": output,
+            "failure": failures.as_dict(failures.find(output)) if failed else None,
+        }
+
+    def list(self) -> list[dict[str, Any]]:
+        """Every job, newest first."""
+        return [self.state(number) for number in reversed(self._jobs)]
+
+    def cancel(self, number: int) -> dict[str, Any]:
+        """End a job that runs."""
+        self.state(number)
+        job = self._jobs[number]
+        if job["ended"] is None:
+            job["cancelled"] = True
+            processes.end(job["pid"])
+        return self.state(number)

@@ -1,0 +1,155 @@
+// What the weight files in the folders hold, which fits which, and what can be made of them.
+import { signal } from "@preact/signals";
+import { useEffect } from "preact/hooks";
+import { api, bytes, complain, date, go, html, jobs, link, short, t, toast } from "../core.js";
+import { Card, Empty, Icon, Job, ask } from "../widgets.js";
+
+export const models = signal([]);
+const loading = signal(false);
+let asked = 0;
+
+/** Look at the folders, unless that was done a moment ago. */
+export async function needModels(again = false) {
+  if (loading.value || (!again && Date.now() - asked < 5000)) return;
+  loading.value = true;
+  try {
+    models.value = await api("models");
+    asked = Date.now();
+  } catch (error) {
+    complain(error);
+  } finally {
+    loading.value = false;
+  }
+}
+
+export const modelName = (file) => `${file.folder === "." ? "" : `${file.folder}/`}${file.name}`;
+
+/** Models that a state or an adapter can be put on, by their dimensions. */
+export function fitting(file) {
+  return models.value.filter((model) => model.kind === "model" && fits(model, file));
+}
+
+function fits(model, file) {
+  if (file.kind === "state") {
+    const [heads, size] = file.state.shape;
+    return file.state.layers === model.n_layer && heads === model.n_head && size === model.head_size;
+  }
+  const base = file.adapter?.base;
+  if (base?.n_layer) return ["version", "n_layer", "n_embd"].every((name) => base[name] == null || base[name] === model[name]);
+  const { layers, width } = file.adapter || {};
+  return (layers == null || layers === model.n_layer) && (width == null || width === model.n_embd);
+}
+
+const KINDS = [
+  ["model", () => t("Base models")],
+  ["adapter", () => t("Adapters")],
+  ["state", () => t("States")],
+  ["unknown", () => t("Not understood")],
+];
+
+export function Models() {
+  useEffect(() => { needModels(); }, []);
+  const finished = jobs.value.filter((job) => ["merge", "convert"].includes(job.kind));
+  const ended = finished.filter((job) => job.state === "done").length;
+  useEffect(() => { if (ended) needModels(true); }, [ended]);
+  return html`
+    <header class="page-head"><h1>${t("Models")}</h1>
+      <div class="row"><button class="button" disabled=${loading.value} onClick=${() => needModels(true)}>${loading.value ? t("Looking…") : t("Look again")}</button></div></header>
+    ${finished.length > 0 && html`<${Card} title=${t("Work")}>${finished.map((job) => html`<${Job} key=${job.id} job=${job}><p class="path-line">${job.result}</p></${Job}>`)}</${Card}>`}
+    ${!models.value.length && !loading.value && html`<${Empty} title=${t("No model files in these folders.")}><p class="muted">${t("Put .pth or .safetensors files there, or add their folder under Settings.")}</p>
+      <a class="button primary" href=${link("settings")}>${t("Settings")}</a></${Empty}>`}
+    ${!models.value.length && loading.value && html`<p class="muted" aria-busy="true">${t("Reading the headers of the model files…")}</p>`}
+    ${KINDS.map(([kind, title]) => {
+      const files = models.value.filter((file) => (KINDS.some(([known]) => known === file.kind) ? file.kind : "unknown") === kind);
+      return files.length > 0 && html`<${Card} title=${`${title()} · ${files.length}`}><ul class="model-list">${files.map((file) => html`<${ModelRow} key=${file.file} file=${file} />`)}</ul></${Card}>`;
+    })}`;
+}
+
+function ModelRow({ file }) {
+  const bases = file.kind === "state" || file.kind === "adapter" ? fitting(file) : [];
+  return html`
+    <li class="model-row">
+      <div class="model-name"><strong>${file.name}</strong><span class="muted path-line">${file.folder}</span></div>
+      <div class="model-facts">
+        ${file.error && html`<span class="fault">${file.error}</span>`}
+        ${factsOf(file).map((fact) => html`<span class="chip">${fact}</span>`)}
+        ${(file.kind === "state" || file.kind === "adapter") && html`<p class="muted">${bases.length ? t("fits {names}", { names: bases.slice(0, 3).map(modelName).join(", ") + (bases.length > 3 ? ` +${bases.length - 3}` : "") }) : t("no base model here fits it")}</p>`}
+      </div>
+      <span class="muted model-date">${date(file.modified)}</span>
+      <div class="row model-tools">
+        ${file.kind === "model" && html`<a class="button small" href=${link("chat", { model: file.file })}>${t("Chat")}</a>
+          <button class="button small" onClick=${() => useAsBase(file)}>${t("Train from it")}</button>`}
+        ${file.kind === "state" && bases.length > 0 && html`<a class="button small" href=${link("chat", { model: bases[0].file, state: file.file })}>${t("Mount and chat")}</a>`}
+        ${file.kind === "adapter" && bases.length > 0 && html`<a class="button small" href=${link("chat", { model: bases[0].file, adapter: file.file })}>${t("Mount and chat")}</a>`}
+        ${(file.kind === "adapter" || file.kind === "state") && html`<button class="button small" disabled=${!bases.length} onClick=${() => mergeDialog(bases[0].file, file.file, bases)}>${t("Merge")}</button>`}
+        ${file.kind !== "unknown" && html`<button class="button small" onClick=${() => convertDialog(file)}>${t("Convert")}</button>`}
+      </div>
+    </li>`;
+}
+
+function factsOf(file) {
+  const size = bytes(file.bytes);
+  const dtypes = Object.keys(file.dtypes || {}).join(" + ");
+  if (file.kind === "model") {
+    return [`RWKV-${file.version[2]}`, `${short(file.parameters)} ${t("parameters")}`, `L${file.n_layer} D${file.n_embd}`, t("{n} heads of {size}", { n: file.n_head, size: file.head_size }),
+      t("vocabulary {n}", { n: file.vocab_size }), dtypes, size, file.state && t("with a tuned state")].filter(Boolean);
+  }
+  if (file.kind === "state") return [`L${file.state.layers} H${file.state.shape[0]} N${file.state.shape[1]}`, dtypes, size];
+  if (file.kind === "adapter") {
+    const { kinds = [], ranks = [], modules = [] } = file.adapter || {};
+    return [kinds.join(" + "), ranks.length && `r ${ranks.join(", ")}`, modules.length > 4 ? t("{n} kinds of matrices", { n: modules.length }) : modules.join(" "), dtypes, size].filter(Boolean);
+  }
+  return [size];
+}
+
+async function useAsBase(file) {
+  const { useModel } = await import("./train.js");
+  useModel(file.file);
+  go("train");
+}
+
+export async function mergeDialog(base, adapter, bases = []) {
+  const values = await ask({
+    title: t("Merge into a model of its own"),
+    about: t("The strength is read from the adapter file. The base stays as it is."),
+    fields: [
+      bases.length > 1 ? ["base", t("Base model"), "choice", bases.map((file) => [file.file, modelName(file)])] : ["base", t("Base model"), "text"],
+      ["adapter", t("Adapter or state"), "text"],
+      ["output", t("File to write"), "text"],
+    ],
+    start: { base, adapter, output: mergedName(base, adapter) },
+    action: t("Merge"),
+  });
+  if (values) await run("models/merge", values);
+}
+
+const stem = (path) => path.replace(/\.(pth|safetensors|st)$/i, "");
+const mergedName = (base, adapter) => {
+  const folder = adapter.replace(/[^\\/]*$/, "");
+  return `${folder}${stem(base).split(/[\\/]/).pop()}-merged.pth`;
+};
+
+async function convertDialog(file) {
+  const target = /\.pth$/i.test(file.file) ? "safetensors" : "pth";
+  const values = await ask({
+    title: t("Convert {name}", { name: file.name }),
+    about: t("The ending of the name says the format: .pth, .safetensors, .st (Ai00), .gguf, or a folder for Hugging Face."),
+    fields: [
+      ["output", t("File to write"), "text"],
+      ["dtype", t("Precision"), "choice", [["", t("as in the file")], ["bf16", "bf16"], ["fp16", "fp16"], ["fp32", "fp32"]]],
+    ],
+    start: { output: `${stem(file.file)}.${target}`, dtype: "" },
+    action: t("Convert"),
+  });
+  if (values) await run("models/convert", { ...values, source: file.file });
+}
+
+async function run(path, values) {
+  try {
+    await api(path, values);
+    toast(t("Begun; the Models page shows how far it is."));
+    go("models");
+  } catch (error) {
+    complain(error);
+  }
+}

@@ -1,0 +1,92 @@
+"""A helper process that has torch loaded and answers questions: what would a run do, what is in a file.
+
+The console itself never imports torch. The helper starts at the first question, ends after a while without any, and
+before a run starts, so that it takes no memory from training.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rookery.i18n import _, language
+from rookery.ui import processes
+
+IDLE = 120.0
+"""Seconds without a question after which the helper ends."""
+
+
+class Worker:
+    """Questions and answers, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+        self._asked = 0.0
+
+    def ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """The answer of `rookery.cli.ui_worker`: its ``result``, or ``error`` (and ``trace``)."""
+        with self._lock:
+            try:
+                process = self._running()
+                assert process.stdin and process.stdout
+                self._asked = time.monotonic()
+                question = {"operation": operation, "language": language(), **arguments}
+                process.stdin.write(json.dumps(question) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+                self._asked = time.monotonic()
+            except OSError:
+                line = ""
+            if line:
+                return dict(json.loads(line))
+            self._end()
+            return {"error": _("the helper process ended; memory may have run out"), "trace": ""}
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rookery.cli.ui_worker"],
+                cwd=self._folder,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=processes.environment(),
+                encoding="utf-8",
+            )
+            threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
+        return self._process
+
+    def _watch(self, process: subprocess.Popen[str]) -> None:
+        """End the helper when nobody has asked it for a while."""
+        while process.poll() is None:
+            time.sleep(1)
+            if time.monotonic() - self._asked > IDLE and self._lock.acquire(blocking=False):
+                try:
+                    if process is self._process:
+                        self._end()
+                finally:
+                    self._lock.release()
+
+    def close(self) -> None:
+        """End the helper, also in the middle of an answer."""
+        process = self._process
+        if process is not None:
+            process.kill()
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
