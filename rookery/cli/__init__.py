@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": N_("Write weights in the format of another program"),
     "chat": N_("Talk to a model"),
     "eval": N_("Measure a model"),
+    "ui": N_("Open the web console"),
     "doctor": N_("Say what this machine can do, and what would make it faster"),
 }
 """Subcommand -> what it does; each is the `app` of the module of its name in this package."""
