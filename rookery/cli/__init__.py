@@ -24,6 +24,7 @@ COMMANDS = {
     "init": N_("Write the initial weights of a new model"),
     "train": N_("Train a model"),
     "inspect": N_("Say what is inside a model, state or data file"),
+    "merge": N_("Put an adapter or a tuned state into a model"),
     "convert": N_("Write weights in the format of another program"),
     "chat": N_("Talk to a model"),
     "eval": N_("Measure a model"),

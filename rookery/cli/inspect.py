@@ -27,11 +27,13 @@ LABELS = {
     "head_size": N_("head size"),
     "vocab_size": N_("vocabulary"),
     "ranks": N_("ranks"),
+    "parts": N_("optional parts"),
     "dtypes": N_("dtypes"),
     "parameters": N_("parameters"),
     "tensors": N_("tensors"),
     "state": N_("tuned state"),
     "adapter": N_("adapter"),
+    "base": N_("base"),
     "status": N_("status"),
     "weights": N_("weight files"),
     "checkpoints": N_("full checkpoints"),
@@ -58,7 +60,8 @@ def inspect(
     tensors: bool = typer.Option(False, "--tensors", help="Also list every tensor with its shape and dtype"),
     as_json: bool = typer.Option(False, "--json", help="Print JSON"),
 ) -> None:
-    """Say what is inside a file: version, dimensions, ranks, precision, parameters, tuned state, adapter."""
+    """Say what is inside a file: version, dimensions, ranks, precision, parameters, tuned state, adapter and its
+    base."""
     from rookery.formats.describe import describe
 
     facts = describe(path)

@@ -182,7 +182,7 @@ def read_adapter(path: str | Path, *, alpha: float | None = None, pissa_init: st
     if path.is_dir():
         found = _of_run(path)
     else:
-        found = _read_own(path) if path.suffix.lower() == ".safetensors" and path.exists() else None
+        found = read_own(path) if path.suffix.lower() == ".safetensors" and path.exists() else None
     if found is None:
         return adapter_old.read(path, read_weights(path), alpha, init)
     if alpha is not None and found.config.method in ("lora", "dora") and alpha != found.config.alpha:
@@ -209,7 +209,7 @@ def _of_run(folder: Path) -> AdapterFile:
         raise UserError(
             _("{folder} holds no adapter: neither adapter-*.safetensors nor adapter_config.json", folder=folder)
         )
-    found = _read_own(files[0])
+    found = read_own(files[0])
     if found is None:
         raise UserError(_("{path} does not say what adapter it is", path=files[0]))
     checkpoints = list(folder.glob("checkpoints/step-*/weights.safetensors"))
@@ -222,7 +222,7 @@ def _of_run(folder: Path) -> AdapterFile:
     return replace(found, path=newest, tensors=found.tensors | trained)
 
 
-def _read_own(path: Path) -> AdapterFile | None:
+def read_own(path: Path) -> AdapterFile | None:
     """The adapter in a file that says what it is; None for any other file of tensors."""
     with _open(path) as content:
         text = (content.metadata() or {}).get(METADATA)
