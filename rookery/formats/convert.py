@@ -54,6 +54,7 @@ def convert(
     tokenizer: Callable[[int], Tokenizer | None] = lambda size: None,
     version: str | None = None,
     force: bool = False,
+    shard_bytes: int = hf.SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Converted:
     """Write what `path` holds in another format.
@@ -67,6 +68,7 @@ def convert(
         version: of the model that a state belongs to, when `path` is or `out` becomes a state of the `rwkv` package;
             without it, what the configuration in the state's run directory says.
         force: replace what is at `out`.
+        shard_bytes: size of the files into which hf divides a larger model.
 
     Raises:
         UserError: the source cannot be read, the target not written, or the one does not fit into the other.
@@ -95,12 +97,13 @@ def convert(
     elif target == "hf":
         shape = source.model_shape()
         hf.check(shape, str(path))
-        tensors = _pending(source, hf.place, dtype)
-        hf.write(out, tensors, shape, dtype or source.dtype(), tokenizer(shape.vocab_size), progress=progress)
+        tensors, numbers = _pending(source, hf.place, dtype), dtype or source.dtype()
+        vocabulary = tokenizer(shape.vocab_size)
+        hf.write(out, tensors, shape, numbers, vocabulary, shard_bytes=shard_bytes, progress=progress)
     elif target == "st":
         write_weights(out, _pending(source, ai00.place, torch.float16), progress=progress)
     else:
-        write_weights(out, _pending(source, Place, dtype), progress=progress)
+        write_weights(out, _pending(source, Place, dtype), metadata=source.metadata(), progress=progress)
     return Converted(out, kind, target, len(source.shapes), _size(out))
 
 
@@ -215,8 +218,10 @@ def _pending(
 def _produce(source: Source, name: str, where: Place, dtype: torch.dtype) -> Tensor:
     tensor = source.tensor(name)
     cast = (tensor.mT if where.transposed else tensor).reshape(where.shape).to(dtype)
-    if dtype == torch.float16 and not cast.isfinite().all() and tensor.isfinite().all():
-        raise UserError(_("{name} has values beyond the range of fp16; --dtype bf16 keeps them", name=name))
+    if dtype == torch.float16 != tensor.dtype and cast.numel():
+        low, high = cast.aminmax()
+        if (low.isinf() or high.isinf()) and not tensor.isinf().any():
+            raise UserError(_("{name} has values beyond the range of fp16; --dtype bf16 keeps them", name=name))
     return cast
 
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from rookery.formats.load import divisor_beside, shape_of
+from rookery.formats.stream import SAFETENSORS
 from rookery.formats.weights import read_weights, weight_file
 from rookery.models import ModelShape
 
@@ -47,6 +49,14 @@ class Source:
             self._read = 0
         self._read += size
         return self._tensors[name]
+
+    def metadata(self) -> dict[str, str] | None:
+        """What a safetensors file says of itself; None for any other."""
+        file = weight_file(self.path)
+        if file.suffix.lower() not in SAFETENSORS:
+            return None
+        with safe_open(file, framework="pt") as content:
+            return content.metadata()
 
     def model_shape(self) -> ModelShape:
         """The dimensions of the model that the file holds.

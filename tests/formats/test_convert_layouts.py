@@ -1,0 +1,128 @@
+"""Models and adapters through `convert`: Ai00's layout against what its own converter wrote, and every way back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import rookery
+from rookery.errors import UserError
+from rookery.formats import read_weights, write_pth
+from rookery.formats.convert import convert
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CONVERTED = json.loads((GOLDEN / "st_conversion.json").read_text(encoding="utf-8"))
+VERSIONS = ("x052", "x060", "x070")
+
+versions = pytest.mark.parametrize("version", VERSIONS)
+
+
+def checkpoint(version: str) -> Path:
+    return GOLDEN / f"{version}_ckpt.safetensors"
+
+
+def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert got[name].shape == tensor.shape, name
+        assert torch.equal(got[name], tensor), name
+
+
+def original_name(name: str, transposed: list[str]) -> str:
+    """What the converter's tensor was called in the .pth it read; x060 calls time_mix what x052 calls so too."""
+    name = name.replace("time_first", "time_faaaa").replace("lora.0", "lora_A").replace("lora.1", "lora_B")
+    if any("time_maa" in other for other in transposed):
+        name = name.replace("time_mix", "time_maa")
+    return name
+
+
+@versions
+def test_st_is_what_the_converter_of_ai00_writes(version: str, tmp_path: Path) -> None:
+    shapes, transposed = CONVERTED[version], CONVERTED[f"{version}_transposed"]
+    tensors = {}
+    for name, shape in shapes.items():
+        old = original_name(name, transposed)
+        size = (*shape[:-2], shape[-1], shape[-2]) if old in transposed else shape
+        tensors[old] = torch.randn(size).bfloat16()
+    assert set(transposed) <= tensors.keys()
+    write_pth(tmp_path / "model.pth", tensors)
+
+    convert(tmp_path / "model.pth", tmp_path / "model.st")
+    written = load_file(tmp_path / "model.st")
+    assert {name: list(tensor.shape) for name, tensor in written.items()} == shapes
+    for name, tensor in written.items():
+        old = original_name(name, transposed)
+        assert tensor.dtype == torch.float16
+        assert torch.equal(tensor, (tensors[old].mT if old in transposed else tensors[old]).half()), name
+    with safe_open(tmp_path / "model.st", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+    same(read_weights(tmp_path / "model.st"), {name: tensor.half() for name, tensor in tensors.items()})
+
+
+@versions
+@pytest.mark.parametrize("endings", [(".pth", ".safetensors"), (".safetensors", ".pth"), (".st", ".pth")])
+def test_every_way_there_and_back_keeps_every_bit(version: str, endings: tuple[str, str], tmp_path: Path) -> None:
+    first, second = (tmp_path / f"model{ending}" for ending in endings)
+    original = read_weights(checkpoint(version))
+    if first.suffix == ".st":
+        original = {name: tensor.half() for name, tensor in original.items()}
+    done = convert(checkpoint(version), first)
+    assert (done.kind, done.tensors, done.bytes) == ("model", len(original), first.stat().st_size)
+    convert(first, second)
+    same(read_weights(second), original)
+    assert rookery.load(second).shape == rookery.load(checkpoint(version)).shape
+
+
+def test_a_written_pth_is_one_of_pytorch_and_maps(tmp_path: Path) -> None:
+    convert(checkpoint("x070"), tmp_path / "model.pth")
+    original = read_weights(checkpoint("x070"))
+    for mmap in (False, True):
+        same(torch.load(tmp_path / "model.pth", weights_only=True, mmap=mmap), original)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_precision_asked_for(precision: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = {name: tensor.float() * 1.0001 for name, tensor in read_weights(checkpoint("x060")).items()}
+    write_pth(tmp_path / "model.pth", weights | {"count": torch.tensor([7])})
+    convert(tmp_path / "model.pth", tmp_path / "other.pth", precision=precision)
+    converted = read_weights(tmp_path / "other.pth")
+    assert converted.pop("count").dtype == torch.int64
+    same(converted, {name: tensor.to(dtype) for name, tensor in weights.items()})
+
+
+def test_what_fp16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    weights = {name: tensor.float() for name, tensor in read_weights(checkpoint("x070")).items()}
+    weights["blocks.1.ffn.value.weight"][3, 4] = -70000
+    write_pth(tmp_path / "model.pth", weights)
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.value\.weight has values beyond the range of fp16"):
+        convert(tmp_path / "model.pth", tmp_path / "model.st")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_adapters_there_and_back(tmp_path: Path) -> None:
+    adapter = {
+        f"blocks.{layer}.att.key.lora_{part}": torch.randn(shape).half()
+        for layer in range(2)
+        for part, shape in {"A": (4, 64), "B": (64, 4)}.items()
+    } | {"blocks.0.ln1.weight": torch.ones(64).half()}
+    write_pth(tmp_path / "adapter.pth", adapter)
+    done = convert(tmp_path / "adapter.pth", tmp_path / "adapter.st")
+    assert done.kind == "adapter"
+    assert load_file(tmp_path / "adapter.st")["blocks.1.att.key.lora.0"].shape == (64, 4)
+    convert(tmp_path / "adapter.st", tmp_path / "back.pth")
+    same(read_weights(tmp_path / "back.pth"), adapter)
+
+
+def test_the_description_of_an_adapter_survives(tmp_path: Path) -> None:
+    save_file({"blocks.0.att.key.lora_A": torch.ones(4, 64)}, tmp_path / "a.safetensors", {"rookery": "alpha 32"})
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", precision="bf16")
+    with safe_open(tmp_path / "b.safetensors", framework="pt") as file:
+        assert file.metadata() == {"rookery": "alpha 32"}
