@@ -84,12 +84,14 @@ def _shown(span: Span) -> str:
 
 
 def _counts(found: Preview) -> Iterator[str]:
-    reading = f"{found.file}: {found.data_type}"
-    if found.data_format != "text" or found.data_type == "jsonl":
-        reading += " " + _("of {format}", format=found.data_format)
-    if found.template:
-        reading += ", " + _("template {template}", template=found.template)
-    yield f"{reading}, dataload {found.dataload}, ctx_len {found.ctx_len}"
+    reading = {
+        "data_type": found.data_type,
+        "data_format": found.data_format if found.data_type == "jsonl" else "",
+        "template": found.template,
+        "dataload": found.dataload,
+        "ctx_len": found.ctx_len,
+    }
+    yield f"{found.file}: " + ", ".join(f"{name} {value}" for name, value in reading.items() if value)
     yield _("trained (loss_mask {name}): {what}", name=found.loss_mask, what=_(TRAINED[found.loss_mask]))
     if not found.complete:
         yield _("only the beginning was looked at; --all looks at everything")

@@ -105,7 +105,7 @@ class RowReader:
             if said:
                 answers += [place, place + len(parts[-1])]
             place += len(parts[-1])
-        lost = self.template != "g1" and any(message.thoughts for message in messages)
+        lost = self.template != "g1" and any(message.thoughts.strip() for message in messages)
         return Document(b"".join(parts), tuple(answers), lost)
 
     def messages(self, row: Mapping[str, Any]) -> list[Message]:
@@ -152,7 +152,8 @@ class RowReader:
         other = recognise(row)
         if other is not None and other[0] != self.format:
             message = _(
-                "this row is {found}, and the file begins with {format}: one file holds one format",
+                "{reason}; this row is {found}, and the file is read as {format}",
+                reason=error,
                 found=other[0],
                 format=self.format,
             )

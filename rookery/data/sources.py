@@ -203,10 +203,11 @@ def _array_rows(path: str) -> Iterator[tuple[int, Any]]:
             text = file.read(CHUNK)
             place = text.index("[") + 1
             while not text.startswith("]", place := _BETWEEN_ITEMS.match(text, place).end()):  # type: ignore[union-attr]
-                reason, at, value, end = _("the array has no end"), len(text), None, len(text)
+                reason, at, value, end = _("the array has no end"), place, None, len(text)
                 try:
                     if place < len(text):
                         value, end = decoder.raw_decode(text, place)
+                        reason = ""
                 except json.JSONDecodeError as error:
                     reason, at = error.msg, error.pos
                 if end == len(text):
@@ -216,11 +217,13 @@ def _array_rows(path: str) -> Iterator[tuple[int, Any]]:
                         line += text.count("\n", 0, place)
                         text, place = text[place:] + more, 0
                         continue
+                number += 1
+                if reason:
                     at_line = line + text.count("\n", 0, at)
-                    yield number + 1, BadRow(_("not JSON ({reason} at line {line})", reason=reason, line=at_line))
+                    yield number, BadRow(_("not JSON ({reason} at line {line})", reason=reason, line=at_line))
                     return
-                place, number = end, number + 1
                 yield number, value
+                place = end
         except UnicodeDecodeError:
             yield number + 1, BadRow(_("not UTF-8 text"))
         except RecursionError as error:
