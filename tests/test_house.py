@@ -161,12 +161,15 @@ def test_every_setting_is_read() -> None:
 
 
 def sentences_in_code() -> dict[str, str]:
-    """Sentence -> where it stands, for every literal given to `_` or `N_`, setting, flag answer and command help."""
+    """Sentence -> where it stands, for every literal given to `_`, `N_` or a page's `t`, setting, flag answer and help."""
     found: dict[str, str] = {}
     for path in SOURCES:
         for call in calls(path, ("_", "N_")):
             if call.args and isinstance(call.args[0], ast.Constant):
                 found[call.args[0].value] = f"{path.relative_to(ROOT)}:{call.lineno}"
+    for path in (PACKAGE / "ui" / "static").rglob("*.js"):
+        for text in re.findall(r"\bt\(\s*(\"(?:[^\"\\]|\\.)*\")", path.read_text(encoding="utf-8")):
+            found[json.loads(text)] = str(path.relative_to(ROOT))
     for leaf in SECTION_OF:
         found[leaf_field(leaf).description or ""] = f"setting {leaf}"
     for section in TrainConfig.model_fields:

@@ -22,7 +22,7 @@ def ui(
         "127.0.0.1", help="Address to listen on; any other than this machine's own needs the token that is printed"
     ),
     token: str = typer.Option("", help="The token of a console that others can reach; made up when left out"),
-    folder: list[Path] = typer.Option(  # noqa: B008
+    folder: list[Path] = typer.Option(
         [], "--folder", help="A folder with runs, models and data; may be repeated; the current one when left out"
     ),
     open_browser: bool = typer.Option(True, "--open/--no-open", help="Open it in the browser"),
@@ -50,7 +50,7 @@ def ui(
     typer.echo(_("The console is at {address}", address=address))
     typer.echo(_("Ctrl-C ends the console; training goes on."))
     if open_browser:
-        webbrowser.open(address)
+        webbrowser.open_new_tab(address)
     server.run(sockets=[listener])
 
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
@@ -23,6 +23,9 @@ from rookery.ui.console import Console
 from rookery.ui.events import Changes, stream
 from rookery.ui.places import KINDS, OutsideError
 from rookery.ui.security import Guard
+
+Values = Annotated[dict[str, Any], Body()]
+"""The fields of a form, as a page sends them."""
 
 STATIC = Path(str(resources.files("rookery").joinpath("ui", "static")))
 
@@ -85,25 +88,25 @@ def _settings_routes(app: FastAPI, console: Console) -> None:
         return catalogue()
 
     @app.post("/api/settings")
-    def prefer(values: dict[str, Any] = Body()) -> dict[str, Any]:
+    def prefer(values: Values) -> dict[str, Any]:
         return console.prefer(values)
 
 
 def _train_routes(app: FastAPI, console: Console) -> None:
     @app.post("/api/train/check")
-    def check(values: dict[str, Any] = Body()) -> dict[str, Any]:
+    def check(values: Values) -> dict[str, Any]:
         return console.check(values)
 
     @app.post("/api/train/start")
-    def start(values: dict[str, Any] = Body()) -> dict[str, str]:
+    def start(values: Values) -> dict[str, str]:
         return {"run": console.train(values)}
 
     @app.post("/api/train/toml", response_class=PlainTextResponse)
-    def recipe(values: dict[str, Any] = Body()) -> str:
+    def recipe(values: Values) -> str:
         return form.toml(form.read(values, console.places))
 
     @app.post("/api/train/read")
-    def read(text: str = Body(embed=True)) -> dict[str, Any]:
+    def read(text: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
         values = form.read_text(text)
         return {"values": values, "method": form.method_of(values)}
 
@@ -116,13 +119,14 @@ def _run_routes(app: FastAPI, console: Console, ended: Callable[[], bool]) -> No
 
     @app.get("/api/runs/metrics")
     def metrics(
-        run: str, first: float | None = None, last: float | None = None, points: int = Query(2000, ge=10, le=20000)
+        run: str,
+        first: float | None = None,
+        last: float | None = None,
+        points: Annotated[int, Query(ge=10, le=20000)] = 2000,
     ) -> dict[str, Any]:
         found = console.runs.get(run).metrics
         found.refresh()
-        return found.series(
-            float("-inf") if first is None else first, float("inf") if last is None else last, points
-        )
+        return found.series(float("-inf") if first is None else first, float("inf") if last is None else last, points)
 
     @app.get("/api/runs/config")
     def config(run: str) -> dict[str, Any]:
@@ -139,17 +143,17 @@ def _run_routes(app: FastAPI, console: Console, ended: Callable[[], bool]) -> No
         return console.runs.get(run).log_end()
 
     @app.post("/api/runs/stop")
-    def stop(run: str = Body(embed=True)) -> dict[str, Any]:
+    def stop(run: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
         console.stop(run)
         return {}
 
     @app.post("/api/runs/resume")
-    def resume(run: str = Body(embed=True)) -> dict[str, Any]:
+    def resume(run: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
         console.resume(run)
         return {}
 
     @app.post("/api/runs/delete")
-    def delete(run: str = Body(embed=True)) -> dict[str, Any]:
+    def delete(run: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
         console.runs.delete(run)
         return {}
 
@@ -168,25 +172,25 @@ def _file_routes(app: FastAPI, console: Console) -> None:
         return actions.preview(console, path, format, mask, template)
 
     @app.post("/api/data/make")
-    def make(values: dict[str, Any] = Body()) -> dict[str, Any]:
+    def make(values: Values) -> dict[str, Any]:
         return actions.make(console, values)
 
     @app.post("/api/models/merge")
-    def merge(values: dict[str, Any] = Body()) -> dict[str, Any]:
+    def merge(values: Values) -> dict[str, Any]:
         return actions.merge(console, values)
 
     @app.post("/api/models/convert")
-    def convert(values: dict[str, Any] = Body()) -> dict[str, Any]:
+    def convert(values: Values) -> dict[str, Any]:
         return actions.convert(console, values)
 
     @app.post("/api/jobs/cancel")
-    def cancel(id: int = Body(embed=True)) -> dict[str, Any]:
+    def cancel(id: Annotated[int, Body(embed=True)]) -> dict[str, Any]:
         return console.jobs.cancel(id)
 
 
 def _server_routes(app: FastAPI, console: Console) -> None:
     @app.post("/api/servers/start")
-    def start(values: dict[str, Any] = Body()) -> dict[str, Any]:
+    def start(values: Values) -> dict[str, Any]:
         return actions.serve(console, values)
 
     @app.get("/api/servers/state")
@@ -194,13 +198,11 @@ def _server_routes(app: FastAPI, console: Console) -> None:
         return console.servers.state(id)
 
     @app.post("/api/servers/stop")
-    def stop(id: int = Body(embed=True)) -> dict[str, Any]:
+    def stop(id: Annotated[int, Body(embed=True)]) -> dict[str, Any]:
         return console.servers.stop(id)
 
     @app.post("/api/chat")
-    def chat(id: int = Body(), body: dict[str, Any] = Body()) -> StreamingResponse:
+    def chat(id: Annotated[int, Body()], body: Values) -> StreamingResponse:
         status, parts = console.servers.chat(id, actions.chat_request(console, body))
         kind = "text/event-stream" if body.get("stream") else "application/json"
         return StreamingResponse(parts, status_code=status, media_type=kind)
-
-

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from rookery.i18n import N_, catalogue
 from rookery.ui.metrics import Metrics
@@ -38,8 +37,8 @@ FAILURES = (
         "RK301",
         N_("The GPU has too little memory for this."),
         N_(
-            "Lower the micro batch or set it to 0 (as many as fit), turn on gradient checkpointing, shorten the context, "
-            "or keep the base in int8 or nf4."
+            "Lower the micro batch or set it to 0 (as many as fit), turn on gradient checkpointing, shorten the "
+            "context, or keep the base in int8 or nf4."
         ),
         patterns=(r"CUDA out of memory", r"torch\.(cuda\.)?OutOfMemoryError", r"CUDA error: out of memory"),
     ),
@@ -70,8 +69,8 @@ FAILURES = (
         N_("Choose a .jsonl file, a folder of .txt files, or the prefix of data that were converted."),
         sentences=(
             "no training data: give data_file",
-            "data_file {name}: there is no {prefix}.bin and {prefix}.idx, and it is no .jsonl, .txt or .npy file and no "
-            "folder",
+            "data_file {name}: there is no {prefix}.bin and {prefix}.idx, and it is no .jsonl, .txt or .npy file and "
+            "no folder",
             "{path} does not exist; binidx data is a pair NAME.bin and NAME.idx",
             "the folder {path} has no .txt files",
         ),
@@ -92,8 +91,8 @@ FAILURES = (
         N_("The data were made with another vocabulary than the model has."),
         N_("Convert the text again with the vocabulary of the model (World for every official one)."),
         sentences=(
-            "{file}: token {place} is id {id}, but the vocabulary has {size} ids (0 to {last}). The data were made with "
-            "another tokenizer.",
+            "{file}: token {place} is id {id}, but the vocabulary has {size} ids (0 to {last}). The data were made "
+            "with another tokenizer.",
             "the character {character} (U+{code:04X}) is not in the vocabulary {name}, which has {size} characters",
         ),
     ),
@@ -113,7 +112,9 @@ FAILURES = (
         "RK105",
         N_("The magic prime does not fit the data."),
         N_("Leave it empty: it is found from the data."),
-        sentences=("magic_prime {prime} does not fit {tokens} tokens at ctx_len {ctx_len}; leave it out and it is found",),
+        sentences=(
+            "magic_prime {prime} does not fit {tokens} tokens at ctx_len {ctx_len}; leave it out and it is found",
+        ),
     ),
     Failure(
         "RK201",
@@ -182,18 +183,16 @@ FAILURES = (
         N_("The training diverged: a loss or gradient was not finite."),
         N_("Begin a new run with a lower learning rate, more warm-up, or precision bf16 or fp32."),
         sentences=(
-            "step {step} is not finite (loss {loss}, gradient norm {norm}); first bad tensor: {tensor}. Its batch is in "
-            "{file}, the last good checkpoint is untouched. Lower lr_init, raise warmup_steps, or use --precision bf16 "
-            "or fp32, in a new --proj_dir.",
+            "step {step} is not finite (loss {loss}, gradient norm {norm}); first bad tensor: {tensor}. Its batch is "
+            "in {file}, the last good checkpoint is untouched. Lower lr_init, raise warmup_steps, or use --precision "
+            "bf16 or fp32, in a new --proj_dir.",
         ),
     ),
     Failure(
         "RK502",
         N_("Another process trains in this run directory."),
         N_("Open that run and stop it, or give this one another run directory."),
-        sentences=(
-            "{folder} is in use: process {pid} trains in it; wait for it, stop it, or take another --proj_dir",
-        ),
+        sentences=("{folder} is in use: process {pid} trains in it; wait for it, stop it, or take another --proj_dir",),
     ),
     Failure(
         "RK503",
@@ -253,7 +252,10 @@ ALL = (*FAILURES, KILLED, UNKNOWN, INVALID)
 HIGH_LOSS = Failure(
     "RK701",
     N_("The loss is above 5: the model does not recognise the data."),
-    N_("Check that the data were converted with the vocabulary of the base model and that the base model is the right one."),
+    N_(
+        "Check that the data were converted with the vocabulary of the base model and that the base model is the "
+        "right one."
+    ),
 )
 
 

@@ -27,7 +27,11 @@ METHODS: dict[str, tuple[str, str, dict[str, str]]] = {
     "pissa": (N_("PiSSA"), N_("LoRA that begins with the strongest directions: learns faster"), {"peft": "pissa"}),
     "dora": (N_("DoRA"), N_("LoRA with a magnitude of its own for each row"), {"peft": "dora"}),
     "miss": (N_("MiSS"), N_("One matrix shared over blocks: least memory of the adapters"), {"peft": "miss"}),
-    "state": (N_("State"), N_("Only the state a conversation begins with: tiny files, good for style"), {"peft": "state"}),
+    "state": (
+        N_("State"),
+        N_("Only the state a conversation begins with: tiny files, good for style"),
+        {"peft": "state"},
+    ),
     "full": (N_("Full"), N_("All weights of an existing model go on learning"), {"peft": "none"}),
     "pretrain": (N_("Pretrain"), N_("A new model from nothing"), {"peft": "none"}),
 }
@@ -148,7 +152,7 @@ def schema() -> dict[str, Any]:
 
 def field(leaf: str) -> dict[str, Any]:
     """Kind, choices, limits, label and help of one setting."""
-    limits = {}
+    limits: dict[str, float] = {}
     for part in leaf_field(leaf).metadata:
         limits |= {name: getattr(part, name) for name in ("ge", "gt", "le", "lt", "multiple_of") if hasattr(part, name)}
     kind = value_type(leaf)
@@ -244,16 +248,14 @@ def toml(values: Mapping[str, str]) -> str:
     lines: list[str] = []
     for line in to_toml(config, comments=False).splitlines():
         leaf = line.partition(" =")[0]
-        if line.startswith("["):
-            lines.append(line)
-        elif leaf in values:
+        if line.startswith("[") or leaf in values:
             lines.append(line)
     return "\n".join(_without_empty(lines)) + "\n"
 
 
 def _without_empty(lines: list[str]) -> list[str]:
     """Without sections that have no settings."""
-    kept = []
+    kept: list[str] = []
     for line, following in zip(lines, [*lines[1:], "["], strict=True):
         if not (line.startswith("[") and following.startswith("[")):
             kept += ["", line] if line.startswith("[") and kept else [line]
@@ -281,9 +283,7 @@ def read_text(text: str) -> dict[str, str]:
             raise UserError(_("this is no command line: {reason}", reason=error)) from None
         first = next((at for at, part in enumerate(parts) if part.startswith("--")), 0)
         parsed = parse(parts[first:])
-    return {
-        leaf: as_text(get(parsed.config, leaf)) for leaf in SECTION_OF if parsed.origins[leaf].kind != "default"
-    }
+    return {leaf: as_text(get(parsed.config, leaf)) for leaf in SECTION_OF if parsed.origins[leaf].kind != "default"}
 
 
 def method_of(values: Mapping[str, str]) -> str:

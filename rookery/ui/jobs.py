@@ -62,14 +62,16 @@ class Jobs:
         if status is not None and job["ended"] is None:
             job["ended"] = time.time()
         output, _end = read_from(job["log"], -20_000)
-        failed = status not in (None, 0) and not job["cancelled"]
+        state = "running" if status is None else "done" if status == 0 else "failed"
+        if state == "failed" and job["cancelled"]:
+            state = "cancelled"
         percents = PERCENT.findall(output)
         return {
             **{name: job[name] for name in ("id", "kind", "title", "command", "result", "started", "ended")},
-            "state": "running" if status is None else "cancelled" if job["cancelled"] else "failed" if failed else "done",
+            "state": state,
             "percent": 100.0 if status == 0 else float(percents[-1]) if percents else None,
             "output": output,
-            "failure": failures.as_dict(failures.find(output)) if failed else None,
+            "failure": failures.as_dict(failures.find(output)) if state == "failed" else None,
         }
 
     def list(self) -> list[dict[str, Any]]:

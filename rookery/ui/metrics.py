@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,9 @@ class Metrics:
         if len(times) < 2:
             return 0.0
         # Only a pause lies longer than a minute and ten times longer than what is usual between two lines.
-        usual = sorted(b - a for a, b in zip(times[-200:], times[-199:], strict=False))
+        usual = sorted(b - a for a, b in pairwise(times[-200:]))
         longest = max(60.0, 10 * usual[len(usual) // 2])
-        return math.fsum(d for a, b in zip(times, times[1:], strict=False) if 0 <= (d := b - a) < longest)
+        return math.fsum(d for a, b in pairwise(times) if 0 <= (d := b - a) < longest)
 
 
 def _number(value: Any) -> float:

@@ -58,7 +58,9 @@ class Run:
             document = tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return {leaf: value for section in document.values() if isinstance(section, dict) for leaf, value in section.items()}
+        return {
+            leaf: value for section in document.values() if isinstance(section, dict) for leaf, value in section.items()
+        }
 
     def phase(self, status: dict[str, Any]) -> str:
         """The phase as it is, not as a process that was killed last wrote it."""

@@ -112,9 +112,7 @@ class Servers:
         server = self.state(number)
         connection = http.client.HTTPConnection(HOST, server["port"], timeout=ANSWER_WITHIN)
         try:
-            connection.request(
-                "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
-            )
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
         except OSError as error:
             connection.close()

@@ -35,7 +35,8 @@ class Worker:
         with self._lock:
             try:
                 process = self._running()
-                assert process.stdin and process.stdout
+                assert process.stdin is not None
+                assert process.stdout is not None
                 self._asked = time.monotonic()
                 question = {"operation": operation, "language": language(), **arguments}
                 process.stdin.write(json.dumps(question) + "\n")

@@ -66,7 +66,7 @@ export function Chart({ title, value, x, series, zoom, onZoom, height = 150, log
       },
       axes: [
         { ...axis, size: 26, space: 60, values: (_u, ticks) => ticks.map((tick) => (tick % 1 ? "" : short(tick))) },
-        { ...axis, size: 52, space: 28, values: (_u, ticks) => ticks.map((tick) => (tick == null ? "" : format(tick))) },
+        { ...axis, size: 52, space: 28, values: (_u, ticks) => ticks.map((tick) => (tick == null ? "" : plain(format(tick)))) },
       ],
       series: [{ label: "" , value: (_u, step) => (step == null ? "" : `${step}`) }, ...drawn],
       bands,
@@ -100,6 +100,9 @@ export function Chart({ title, value, x, series, zoom, onZoom, height = 150, log
       <div class="chart-box" ref=${box} style=${{ height: `${height}px` }}></div>
     </figure>`;
 }
+
+/** Without zeros that say nothing: 3.500 → 3.5, 2.00e-3 → 2e-3. */
+const plain = (text) => text.replace(/(\.\d*?)0+(?=$|e|k|M)/, "$1").replace(/\.(?=$|e|k|M)/, "");
 
 function columns(x, series) {
   const found = [x];

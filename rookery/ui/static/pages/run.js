@@ -88,7 +88,6 @@ export function Run({ run: path }) {
 function Head({ run, memory }) {
   const active = isActive(run);
   const percent = 100 * (run.progress || 0);
-  const rates = run.tok_s ? `${short(run.tok_s)} ${t("tokens/s")}` : "";
   const act = async (what, said) => {
     try {
       await api(`runs/${what}`, { run: run.path });
@@ -120,7 +119,7 @@ function Head({ run, memory }) {
         <${Figure} name=${t("Left")} value=${active ? duration(run.eta) : "–"} />
         <${Figure} name=${t("Loss")} value=${figure(run.loss)} />
         <${Figure} name=${t("Validation")} value=${figure(run.val_loss)} />
-        <${Figure} name=${t("Speed")} value=${rates || "–"} />
+        <${Figure} name=${t("Tokens/s")} value=${short(run.tok_s)} />
         <${Figure} name=${t("Memory")} value=${active ? bytes(memory) : "–"} />
       </dl>
     </section>`;
@@ -157,7 +156,7 @@ function Curves({ run, series, zoom, setZoom }) {
   if (series.validations.length) loss.push({ label: t("validation"), data: validation, color: "--c2", width: 1.5, points: true });
   const small = [
     [t("Learning rate"), "lr", "--c3", rate],
-    [t("Gradient norm"), "grad_norm", "--c4", (v) => figure(v, 2)],
+    [t("Gradient norm"), "grad_norm", "--c4", short],
     [t("Tokens per second"), "tok_s", "--c5", short],
     [t("Memory"), "memory", "--c6", bytes],
   ].filter(([, name]) => series[name].some((value) => value != null));
@@ -171,7 +170,7 @@ function Curves({ run, series, zoom, setZoom }) {
           <label class="tick" title=${t("Draw the axis without the few values that would flatten the curve")}><input type="checkbox" checked=${clip} onChange=${(e) => put({ clip: e.currentTarget.checked })} />${t("Clip outliers")}</label>
         </div>
       </div>
-      <${Chart} title=${t("Loss")} value=${figure(smoothed.at(-1))} x=${steps} series=${loss} zoom=${zoom} onZoom=${setZoom} height=${300} log=${log} range=${range} format=${(v) => figure(v, 3)} />
+      <${Chart} title=${t("Loss")} value=${figure(smoothed.at(-1))} x=${steps} series=${loss} zoom=${zoom} onZoom=${setZoom} height=${300} log=${log} range=${range} format=${(v) => figure(v, 4)} />
       <div class="row between zoom-tools">
         <span class="muted">${zoom ? t("Steps {a} to {b}", { a: count(zoom[0]), b: count(zoom[1]) }) : t("Drag over a chart to zoom; double-click shows all.")}</span>
         <span class="row">
@@ -181,7 +180,8 @@ function Curves({ run, series, zoom, setZoom }) {
       </div>
       <div class="small-charts">
         ${small.map(([title, name, color, format]) => html`<${Chart} key=${name} title=${title} value=${format(last(name))} x=${steps}
-          series=${[{ label: title, data: series[name], color, width: 1.25, quiet: true }]} zoom=${zoom} onZoom=${setZoom} height=${120} format=${format} />`)}
+          series=${[{ label: title, data: series[name], color, width: 1.25, quiet: true }]} zoom=${zoom} onZoom=${setZoom} height=${120} format=${format}
+          range=${clip && name !== "lr" ? withoutOutliers(series[name]) : null} />`)}
       </div>
     </section>`;
 }
