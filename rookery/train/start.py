@@ -110,7 +110,7 @@ def _find_fine_tuning(config: TrainConfig, files: RunFiles, report: Callable[[st
     """The start of a training that leaves the model's weights as they are."""
     base = Path(config.model.load_model or files.weights_file("init"))
     if not config.model.load_model and not base.exists():
-        raise UserError(_("peft {peft} begins with a trained model: give it as --load_model", peft=config.adapter.peft))
+        raise UserError(_("peft {peft} begins with a trained model: give --load_model", peft=config.adapter.peft))
     tensors = _merged_init_state(read_weights(base), files)
     if config.adapter.peft == "state":
         return _find_states(config, files, report, Start(base, tensors, epoch=config.run.epoch_begin))

@@ -74,7 +74,7 @@ def _fine_tuned_model(config: TrainConfig, start: Start, shape: ModelShape, file
     for parameter in model.parameters():
         if parameter.requires_grad:
             # Memory of its own: what trains must not write into the mapped file.
-            parameter.data = parameter.data.to(torch.float32, copy=True)
+            parameter.data = parameter.data.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return model
 
 
