@@ -277,8 +277,8 @@ class _Finding:
         end = self.tokenizer.end_of_document
         spans = []
         for (trained, is_end), run in groupby(zip(counts, tokens, strict=True), lambda pair: (pair[0], pair[1] == end)):
-            text = "" if is_end else self.tokenizer.decode_bytes([token for _count, token in run])
-            spans.append(Span("", trained, "end") if is_end else Span(text.decode("utf-8", "replace"), trained))
+            text = self.tokenizer.decode_bytes([token for _count, token in run]).decode("utf-8", "replace")
+            spans.append(Span(text, trained, "end" if is_end else "text"))
         return spans
 
 

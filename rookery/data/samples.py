@@ -262,11 +262,9 @@ class Mixed:
 
 
 def samples_with(own: int, share: Fraction) -> int:
-    """How many samples of `Mixed` have `own` of our own among them."""
-    samples = int(own / (1 - share))
-    while samples - int(samples * share) < own:
-        samples += 1
-    return samples
+    """The fewest samples of `Mixed` that have `own` (at least 1) of our own among them."""
+    # Of n samples, ceil(n * (1 - share)) are our own.
+    return int((own - 1) / (1 - share)) + 1
 
 
 def check_ids(stream: np.ndarray | Joined, vocab_size: int, name: str) -> None:

@@ -133,7 +133,7 @@ def first_rows(units: list[Unit]) -> list[Any]:
     """What JSON gives for the first rows, those that it cannot read left out; nothing for text files."""
     if not units or units[0].kind == "text":
         return []
-    rows = islice(_rows(units[0]), LOOKED_AT)
+    rows = islice(read_rows(units[0]), LOOKED_AT)
     return [row for _number, row in rows if not isinstance(row, BadRow)]
 
 
@@ -142,7 +142,7 @@ def read_lines(unit: Unit, reader: RowReader) -> Iterator[Lines]:
     lines = Lines()
     array = unit.kind == "array"
     size = told = 0
-    for number, row in _rows(unit):
+    for number, row in read_rows(unit):
         lines.count += 1
         try:
             if isinstance(row, BadRow):
@@ -172,7 +172,7 @@ EMPTY = object()
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 
 
-def _rows(unit: Unit) -> Iterator[tuple[int, Any]]:
+def read_rows(unit: Unit) -> Iterator[tuple[int, Any]]:
     """Line or row numbers from 1, and what JSON gives there, `EMPTY`, or a `BadRow` that says why it gives nothing."""
     if unit.kind == "array":
         yield from _array_rows(unit.path)
