@@ -22,31 +22,49 @@ def evaluate(
     arithmetic: str = typer.Option("", metavar="LEVEL", help="Ask held-out problems of this level of the demo's data"),
     n: int = typer.Option(500, "-n", min=1, help="How many problems"),
     seed: int = typer.Option(0, help="Which problems"),
+    answers: Path = typer.Option(
+        None, metavar="FILE", help="Ask for the last answer of each conversation of this .jsonl, and compare"
+    ),
     text: Path = typer.Option(None, metavar="FILE", help="Perplexity and bits per byte of this text"),
+    state: Path = typer.Option(None, metavar="FILE", help="Tuned states to mount"),
+    adapter: Path = typer.Option(None, metavar="FILE", help="Adapter to add"),
     out: Path = typer.Option(None, "--out", "-o", metavar="FILE", help="Write the results as JSON"),
     tokenizer: str = typer.Option("", help="world or a vocabulary file; found beside the weights when left out"),
     device: str = typer.Option("auto", help="cpu, cuda or auto"),
 ) -> None:
-    """Measure a model: exact answers to arithmetic that it never saw, or how well it predicts a text."""
+    """Measure a model: exact answers to questions that it never saw, or how well it predicts a text."""
     from rookery.data.arithmetic import LEVELS, find_level
 
-    if not arithmetic and text is None:
+    if not arithmetic and text is None and answers is None:
         levels = ", ".join(LEVELS)
-        raise UserError(_("Say what to measure: --arithmetic LEVEL (one of {levels}), or --text FILE.", levels=levels))
+        raise UserError(
+            _(
+                "Say what to measure: --arithmetic LEVEL (one of {levels}), --answers FILE, or --text FILE.",
+                levels=levels,
+            )
+        )
     level = find_level(arithmetic) if arithmetic else None
 
     from rookery.cli.progress import bar
+    from rookery.eval import answers as exact
     from rookery.eval import arithmetic as suite
     from rookery.eval import perplexity, write_report
     from rookery.infer import open_model
 
-    model, vocabulary = open_model(path, tokenizer_name=tokenizer, device=device)
+    model, vocabulary = open_model(path, tokenizer_name=tokenizer, device=device, state=state, adapter=adapter)
     results: dict[str, Any] = {}
     if level:
         with bar(_("problems")) as progress:
-            answers = suite.evaluate(model, vocabulary, level, n=n, seed=seed, progress=progress)
-        results["arithmetic"] = answers.report()
-        print_arithmetic(answers)
+            result = suite.evaluate(model, vocabulary, level, n=n, seed=seed, progress=progress)
+        results["arithmetic"] = result.report()
+        print_arithmetic(result)
+    if answers:
+        with bar(_("answers")) as progress:
+            asked = exact.evaluate(model, vocabulary, answers, progress=progress)
+        results["answers"] = exact.report(answers, asked)
+        print_samples(results["answers"]["samples"])
+        share, count = f"{results['answers']['exact']:.1%}", len(asked)
+        typer.echo(_("{path}: {share} of {n} answered exactly.", path=answers, share=share, n=count))
     if text:
         with bar(_("tokens")) as progress:
             measured = perplexity.measure_file(model, vocabulary, text, progress=progress)
@@ -69,9 +87,7 @@ def evaluate(
 def print_arithmetic(result: Result) -> None:
     """Ten answers, right and wrong, and the shares of right ones."""
     report = result.report()
-    for sample in report["samples"]:
-        mark = "✓" if sample["right"] else "✗ " + _("expected {answer}", answer=sample["expected"])
-        typer.echo(f"  User: {sample['user']}\n  Assistant: {sample['assistant']}   {mark}\n")
+    print_samples(report["samples"])
     for heading, part in ((_("by form"), report["by_form"]), (_("by script"), report["by_script"])):
         shares = "  ".join(f"{name} {value:.1%}" for name, value in part.items())
         typer.echo(f"{heading}: {shares}")
@@ -83,3 +99,10 @@ def print_arithmetic(result: Result) -> None:
             n=report["n"],
         )
     )
+
+
+def print_samples(samples: list[dict[str, Any]]) -> None:
+    """Questions and answers, each marked right or wrong."""
+    for sample in samples:
+        mark = "✓" if sample["right"] else "✗ " + _("expected {answer}", answer=sample["expected"])
+        typer.echo(f"  User: {sample['user']}\n  Assistant: {sample['assistant']}   {mark}\n")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rookery.data.arithmetic import Level, Question, evaluation
-from rookery.infer import Sampling, complete
+from rookery.eval.answers import likeliest
 from rookery.models import Model
 from rookery.tokenizer import Tokenizer, chat
 
@@ -92,18 +92,6 @@ def evaluate(
         UserError: the level has fewer questions, or the tokenizer lacks a character of them.
     """
     questions = evaluation(level, n, seed)
-    prompts = [tokenizer.encode(chat.prompt([chat.Message("user", question.text)])) for question in questions]
-    longest = max(len(tokenizer.encode(f" {question.answer}{chat.SEPARATOR}")) for question in questions)
-    ends = tokenizer.end_of_document
-    sampling = Sampling(
-        temperature=0,
-        alpha_presence=0,
-        alpha_frequency=0,
-        stop=chat.stop_strings(),
-        token_stop=() if ends is None else (ends,),
-        max_tokens=longest + 2,
-    )
-    answers = complete(model, tokenizer, prompts, sampling, progress=progress)
-    return Result(
-        level.name, seed, [Answered(q, answer.text.strip()) for q, answer in zip(questions, answers, strict=True)]
-    )
+    prompts = [chat.prompt([chat.Message("user", question.text)]) for question in questions]
+    said = likeliest(model, tokenizer, prompts, [question.answer for question in questions], progress)
+    return Result(level.name, seed, [Answered(*answer) for answer in zip(questions, said, strict=True)])

@@ -24,7 +24,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     state: str | Path | None = None,
-    adapter: str | Path | AdapterFile | Sequence[str | Path | AdapterFile] = (),
+    adapter: str | Path | AdapterFile | Sequence[str | Path | AdapterFile] | None = None,
     any_base: bool = False,
     kernel: str = "auto",
 ) -> Model:
@@ -49,7 +49,7 @@ def load(
     """
     sources = sources_of(path)
     state = sources.state if state is None else state
-    adapters = [adapter] if isinstance(adapter, (str, Path, AdapterFile)) else list(adapter)
+    adapters = [adapter] if isinstance(adapter, (str, Path, AdapterFile)) else list(adapter or ())
     adapters = adapters or ([] if sources.adapter is None else [sources.adapter])
 
     tensors = read_weights(sources.base)

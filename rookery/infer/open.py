@@ -22,13 +22,16 @@ def open_model(
     tokenizer_name: str = "",
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
+    state: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[Model, Tokenizer]:
-    """The model of a .pth, .safetensors or .st file or a run directory, and its tokenizer (see `find_tokenizer`).
+    """The model of a .pth, .safetensors or .st file or a run directory, as `rookery.load` takes them, and its tokenizer
+    (see `find_tokenizer`).
 
     Raises:
         UserError: a file is missing or damaged, or no tokenizer of the model's size was found.
     """
-    model = formats.load(path, device=device, dtype=dtype)
+    model = formats.load(path, device=device, dtype=dtype, state=state, adapter=adapter)
     return model, find_tokenizer(path, model.shape.vocab_size, tokenizer_name)
 
 
@@ -43,15 +46,14 @@ def find_tokenizer(path: str | Path, vocab_size: int, name: str = "") -> Tokeniz
     elif vocab_size == WORLD_SIZE:
         found = World()
     else:
-        weights = formats.weight_file(path)
-        folder = Path(path) if Path(path).is_dir() else weights.parent
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
         beside = tokenizer.load_beside(folder / "vocab")
         if beside is None:
             raise UserError(
                 _(
                     "{path} has {size} token ids, so its tokenizer is not World, and neither vocab.json nor vocab.txt "
                     "is beside it. Name the vocabulary with --tokenizer FILE.",
-                    path=weights,
+                    path=path,
                     size=vocab_size,
                 )
             )
