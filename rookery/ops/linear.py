@@ -50,6 +50,9 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Values come from a checkpoint or from the model's own rules."""
 
+    def __repr__(self) -> str:
+        return super().__repr__() if self.adapters else f"{self._get_name()}({self.extra_repr()})"
+
     def product(self, x: Tensor) -> Tensor:
         """The product with the weight, without adapters: (..., in) -> (..., out)."""
         return linear(x, self.weight)
