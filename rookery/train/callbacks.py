@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rookery.config import TrainConfig
+from rookery.train.device import used_memory
 from rookery.train.monitor import Record
 from rookery.train.rundir import Phase, RunDir
 
@@ -81,6 +82,7 @@ class MetricsFile(Callback):
                     "grad_norm": record.grad_norm if math.isfinite(record.grad_norm) else None,
                     "tokens": record.tokens,
                     "tok_s": round(record.tok_s, 1),
+                    "memory": used_memory(),
                     "time": round(record.time, 3),
                 }
             )

@@ -6,6 +6,7 @@ import ctypes
 import sys
 from typing import Any
 
+import psutil
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -28,6 +29,13 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU x {torch.get_num_threads()}"
+
+
+def used_memory() -> int:
+    """Bytes that training takes: on a GPU the most its tensors took so far, else what the process occupies now."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)
 
 
 def keep_freed_memory() -> None:
