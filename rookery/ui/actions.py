@@ -10,7 +10,7 @@ from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.ui.console import Console
 
-PREVIEW_ROWS = 12
+PREVIEW_ROWS = 8
 
 
 def preview(console: Console, path: str, data_format: str, mask: str, template: str) -> dict[str, Any]:
@@ -49,10 +49,10 @@ def make(console: Console, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(console: Console, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Start `rookery merge BASE ADAPTER OUT`."""
+    """Start `rookery merge BASE ADAPTER -o OUT`."""
     base, adapter = (console.places.allowed(_text(values, name)) for name in ("base", "adapter"))
     output = _new_file(console, _text(values, "output"))
-    words = ["merge", str(base), str(adapter), str(output)]
+    words = ["merge", str(base), str(adapter), "-o", str(output)]
     return console.jobs.start("merge", output.name, words, console.places.first, result=str(output))
 
 

@@ -138,7 +138,7 @@ export function PathField({ value, onInput, kind, options = [], placeholder, ext
       <input ...${tie} type="text" value=${value} placeholder=${placeholder} list=${options.length ? list : undefined}
         spellcheck="false" autocomplete="off" onInput=${(e) => onInput(e.currentTarget.value)} />
       ${options.length > 0 && html`<datalist id=${list}>${options.map(([path, name]) => html`<option value=${path}>${name}</option>`)}</datalist>`}
-      <button type="button" class="button" onClick=${async () => {
+      <button type="button" class="button" aria-label=${t("Browse")} onClick=${async () => {
         const path = await chooseFile({ kind, start: value, title: rest.label });
         if (path !== null) onInput(path);
       }}><${Icon} name="folder" /><span>${t("Browse")}</span></button>

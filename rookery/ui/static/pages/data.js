@@ -30,7 +30,7 @@ export function Data({ path }) {
             <${SelectField} label=${t("Rows are")} value=${form.value.format} onInput=${putForm("format")} options=${[["auto", t("detected")], ...["text", "messages", "sharegpt", "alpaca", "prompt"].map((one) => [one, one])]} />
             <${SelectField} label=${t("Loss mask")} value=${form.value.mask} onInput=${putForm("mask")} options=${[["auto", t("automatic")], ...["none", "answer", "qa"].map((one) => [one, one])]} />
             <${SelectField} label=${t("Template")} value=${form.value.template} onInput=${putForm("template")} options=${[["world", "world"], ["g1", "g1"]]} />
-            <div class="field wide"><button class="button primary" type="submit" disabled=${!form.value.path.trim() || facts.state === "asking"}>${facts.state === "asking" ? t("Reading…") : t("Preview")}</button></div>
+            <div class="field wide"><button class="button" type="submit" disabled=${!form.value.path.trim() || facts.state === "asking"}>${facts.state === "asking" ? t("Reading…") : t("Preview")}</button></div>
           </form>
         </${Card}>
         <${Card} title=${t("Convert")}>

@@ -2,7 +2,7 @@
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { api, bytes, complain, date, go, html, jobs, link, short, t, toast } from "../core.js";
-import { Card, Empty, Icon, Job, ask } from "../widgets.js";
+import { Card, Empty, Job, ask, methodName } from "../widgets.js";
 
 export const models = signal([]);
 const loading = signal(false);
@@ -34,10 +34,19 @@ function fits(model, file) {
     const [heads, size] = file.state.shape;
     return file.state.layers === model.n_layer && heads === model.n_head && size === model.head_size;
   }
-  const base = file.adapter?.base;
-  if (base?.n_layer) return ["version", "n_layer", "n_embd"].every((name) => base[name] == null || base[name] === model[name]);
-  const { layers, width } = file.adapter || {};
-  return (layers == null || layers === model.n_layer) && (width == null || width === model.n_embd);
+  // An adapter that says nothing of its base may fit any: the merge looks at every tensor.
+  return ["version", "n_layer", "n_embd", "vocab_size"].every((name) => file.base?.[name] == null || file.base[name] === model[name]);
+}
+
+/** Of the files of one run the best to show, and the others: those of its mini-epochs. */
+function ofRuns(files) {
+  const groups = new Map();
+  for (const file of files) {
+    const key = file.run || file.file;
+    groups.set(key, [...(groups.get(key) || []), file]);
+  }
+  const rank = (file) => (/-final\./.test(file.name) ? Infinity : /-init\./.test(file.name) ? -1 : file.modified);
+  return [...groups.values()].map((group) => group.sort((a, b) => rank(b) - rank(a)));
 }
 
 const KINDS = [
@@ -61,7 +70,9 @@ export function Models() {
     ${!models.value.length && loading.value && html`<p class="muted" aria-busy="true">${t("Reading the headers of the model files…")}</p>`}
     ${KINDS.map(([kind, title]) => {
       const files = models.value.filter((file) => (KINDS.some(([known]) => known === file.kind) ? file.kind : "unknown") === kind);
-      return files.length > 0 && html`<${Card} title=${`${title()} · ${files.length}`}><ul class="model-list">${files.map((file) => html`<${ModelRow} key=${file.file} file=${file} />`)}</ul></${Card}>`;
+      return files.length > 0 && html`<${Card} title=${`${title()} · ${files.length}`}><ul class="model-list">${ofRuns(files).map(([first, ...others]) => html`
+        <${ModelRow} key=${first.file} file=${first} />
+        ${others.length > 0 && html`<li class="model-more"><details><summary>${t("{n} more files of this run", { n: others.length })}</summary><ul>${others.map((file) => html`<${ModelRow} key=${file.file} file=${file} />`)}</ul></details></li>`}`)}</ul></${Card}>`;
     })}`;
 }
 
@@ -96,8 +107,8 @@ function factsOf(file) {
   }
   if (file.kind === "state") return [`L${file.state.layers} H${file.state.shape[0]} N${file.state.shape[1]}`, dtypes, size];
   if (file.kind === "adapter") {
-    const { kinds = [], ranks = [], modules = [] } = file.adapter || {};
-    return [kinds.join(" + "), ranks.length && `r ${ranks.join(", ")}`, modules.length > 4 ? t("{n} kinds of matrices", { n: modules.length }) : modules.join(" "), dtypes, size].filter(Boolean);
+    const { method, kinds = [], ranks = [], modules = [], alpha } = file.adapter || {};
+    return [method ? methodName(method) : kinds.join(" + "), ranks.length && `r ${ranks.join(", ")}`, alpha && `α ${alpha}`, modules.length > 4 ? t("{n} kinds of matrices", { n: modules.length }) : modules.join(" "), dtypes, size].filter(Boolean);
   }
   return [size];
 }
