@@ -57,9 +57,10 @@ def make(
     ),
     template: str = typer.Option("world", help="How conversations become text: world or g1"),
     sft_field: tuple[str, str] = typer.Option(
-        (None, None),
+        ("", ""),
         "--sft-field",
         metavar="PROMPT COMPLETION",
+        show_default=False,
         help="The two fields of a row, when they are other ones",
     ),
 ) -> None:
