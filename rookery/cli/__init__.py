@@ -27,6 +27,7 @@ COMMANDS = {
     "merge": N_("Put an adapter or a tuned state into a model"),
     "convert": N_("Write weights in the format of another program"),
     "chat": N_("Talk to a model"),
+    "serve": N_("Serve a model over HTTP, with OpenAI's API"),
     "eval": N_("Measure a model"),
     "ui": N_("Open the web console"),
     "doctor": N_("Say what this machine can do, and what would make it faster"),
