@@ -39,7 +39,9 @@ def make(console: Console, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     source = console.places.allowed(_text(values, "source"))
     folder = console.places.first
-    output = console.places.allowed(_text(values, "output") or source.with_suffix(""))
+    # Data of a folder cannot have its name: the name would mean the folder.
+    beside = source.with_name(f"{source.name}-data") if source.is_dir() else source.with_suffix("")
+    output = console.places.allowed(_text(values, "output") or beside)
     tokenizer = _text(values, "tokenizer") or "world"
     words = ["data", "make", source, _number(values, "epochs", 1), _number(values, "ctx_len", 1024), "-o", output]
     words += ["--tokenizer", tokenizer]

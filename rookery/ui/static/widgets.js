@@ -120,6 +120,16 @@ export const TextField = ({ value, onInput, placeholder, number, password, ...re
     <input ...${tie} type=${password ? "password" : "text"} value=${value} placeholder=${placeholder} spellcheck="false" autocomplete="off"
       inputmode=${number ? "decimal" : undefined} onInput=${(e) => onInput(e.currentTarget.value)} />`} />`;
 
+/** Text of several lines, typed, pasted or read from a file. */
+export const AreaField = ({ value, onInput, ...rest }) =>
+  html`<${Field} ...${rest} control=${(tie) => html`
+    <textarea ...${tie} class="mono" rows="9" spellcheck="false" value=${value} onInput=${(e) => onInput(e.currentTarget.value)}></textarea>`}>
+    <label class="muted">${t("Or a file")} <input type="file" accept=".toml,.sh,.bat,.txt" onChange=${async (e) => {
+      const file = e.currentTarget.files[0];
+      if (file) onInput(await file.text());
+    }} /></label>
+  </${Field}>`;
+
 export const SelectField = ({ value, onInput, options, ...rest }) =>
   html`<${Field} ...${rest} control=${(tie) => html`
     <select ...${tie} value=${value} onChange=${(e) => onInput(e.currentTarget.value)}>
@@ -185,6 +195,7 @@ function FormDialog({ title, about, fields, start, action, answer }) {
       <h2>${title}</h2>${about && html`<p class="muted">${about}</p>`}
       ${fields.map(([name, label, kind, options]) =>
         kind === "choice" ? html`<${SelectField} label=${label} value=${values[name]} onInput=${put(name)} options=${options} />`
+        : kind === "area" ? html`<${AreaField} label=${label} value=${values[name]} onInput=${put(name)} />`
         : html`<${TextField} label=${label} value=${values[name]} onInput=${put(name)} />`)}
       <div class="dialog-foot">
         <button type="button" class="button" onClick=${() => answer(null)}>${t("Cancel")}</button>

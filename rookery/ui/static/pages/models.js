@@ -1,7 +1,7 @@
 // What the weight files in the folders hold, which fits which, and what can be made of them.
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
-import { api, bytes, complain, date, go, html, jobs, link, short, t, toast } from "../core.js";
+import { api, bytes, complain, date, go, html, jobs, link, runs, short, t, toast } from "../core.js";
 import { Card, Empty, Job, ask, methodName } from "../widgets.js";
 
 export const models = signal([]);
@@ -24,9 +24,11 @@ export async function needModels(again = false) {
 
 export const modelName = (file) => `${file.folder === "." ? "" : `${file.folder}/`}${file.name}`;
 
-/** Models that a state or an adapter can be put on, by their dimensions. */
+/** Models that a state or an adapter can be put on, by their dimensions; the one it was trained on first. */
 export function fitting(file) {
-  return models.value.filter((model) => model.kind === "model" && fits(model, file));
+  const trainedOn = runs.value?.[file.run]?.config.load_model || file.base?.file || "";
+  const match = (model) => (trainedOn && model.file.endsWith(trainedOn.replace(/^\.\//, "")) ? 1 : 0);
+  return models.value.filter((model) => model.kind === "model" && fits(model, file)).sort((a, b) => match(b) - match(a));
 }
 
 function fits(model, file) {

@@ -15,7 +15,10 @@ export function Runs() {
   const words = find.value.toLowerCase();
   const shown = all.filter((run) => !words || `${run.path} ${run.method} ${run.config.data_file} ${run.config.load_model}`.toLowerCase().includes(words));
   const selected = chosen.value.filter((path) => runs.value?.[path]);
-  const toggle = (path) => { chosen.value = selected.includes(path) ? selected.filter((p) => p !== path) : [...selected, path].slice(-PALETTE.length); };
+  const toggle = (path) => {
+    const now = chosen.value;
+    chosen.value = now.includes(path) ? now.filter((one) => one !== path) : [...now, path].slice(-PALETTE.length);
+  };
   return html`
     <header class="page-head"><h1>${t("Runs")}</h1>
       <div class="row"><input type="search" class="search" placeholder=${t("Find a run")} aria-label=${t("Find a run")} value=${find.value} onInput=${(e) => { find.value = e.currentTarget.value; }} /></div>

@@ -330,7 +330,7 @@ async function loadRecipe() {
   const answer = await ask({
     title: t("Load TOML or a command"),
     about: t("Choose a recipe, or paste its text or a command line of RWKV-LM, RWKV-PEFT or Rookery."),
-    fields: [["text", t("Text"), "text"]],
+    fields: [["text", t("Text"), "area"]],
     start: { text: "" },
     action: t("Load"),
   });
