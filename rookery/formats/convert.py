@@ -13,10 +13,12 @@ from torch import Tensor
 from rookery.config import parse
 from rookery.errors import UserError
 from rookery.formats import ai00, gguf, hf, states
+from rookery.formats.load import assign
 from rookery.formats.source import Source
 from rookery.formats.stream import AI00, Pending, Place, Progress, write_weights
 from rookery.formats.weights import weight_file
 from rookery.i18n import _
+from rookery.models import ModelShape, create
 from rookery.models.shape import VERSIONS
 from rookery.tokenizer import Tokenizer
 
@@ -90,16 +92,16 @@ def convert(
         tuned = {name: source.tensor(name) for name in source.shapes}
         states.write_package(out, tuned, _version(version, file), dtype or torch.float32)
     elif target == "gguf":
-        shape = source.model_shape()
+        shape = _whole_model(source)
         gguf.check(shape, str(path))
         numbers = precision or _name(source.dtype())
         gguf.write(out, source, shape, numbers, tokenizer(shape.vocab_size), progress=progress)
     elif target == "hf":
-        shape = source.model_shape()
+        shape = _whole_model(source)
         hf.check(shape, str(path))
-        tensors, numbers = _pending(source, hf.place, dtype), dtype or source.dtype()
+        tensors, kept = _pending(source, hf.place, dtype), dtype or source.dtype()
         vocabulary = tokenizer(shape.vocab_size)
-        hf.write(out, tensors, shape, numbers, vocabulary, shard_bytes=shard_bytes, progress=progress)
+        hf.write(out, tensors, shape, kept, vocabulary, shard_bytes=shard_bytes, progress=progress)
     elif target == "st":
         write_weights(out, _pending(source, ai00.place, torch.float16), progress=progress)
     else:
@@ -199,6 +201,15 @@ def _check_fit(kind: str, target: str, source: Source) -> None:
                 target=target,
             )
         )
+
+
+def _whole_model(source: Source) -> ModelShape:
+    """The dimensions of the model, every tensor of which is there."""
+    shape = source.model_shape()
+    with torch.device("meta"):
+        tensors = {name: torch.empty(size) for name, size in source.shapes.items()}
+        assign(create(shape), tensors, str(source.path), share=True)
+    return shape
 
 
 def _pending(

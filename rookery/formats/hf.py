@@ -64,6 +64,8 @@ def place(name: str, shape: Sequence[int]) -> Place | None:
         return None
     if name in _WHOLE:
         return Place(_WHOLE[name], tuple(shape))
+    if not re.fullmatch(r"blocks\.\d+\.(att|ffn|ln0|ln1|ln2)\..+", name):
+        raise UserError(_("the Hugging Face layout has no place for {name}", name=name))
     _blocks, layer, *parents, last = name.split(".")
     module = ".".join(parents)
     low_rank = re.fullmatch(r"([wagv])([012])", last) if module == "att" else None

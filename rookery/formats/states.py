@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rookery.errors import UserError
 from rookery.formats.stream import replacing
-from rookery.formats.weights import load_pth
+from rookery.formats.weights import is_plain, load_pth
 from rookery.i18n import _
 
 _NAME = re.compile(r"blocks\.(\d+)\.att\.time_state")
@@ -58,8 +58,8 @@ def is_package(file: Path) -> bool:
     content = load_pth(file)
     return (
         isinstance(content, list)
-        and len(content) % 3 == 0
-        and all(isinstance(tensor, Tensor) for tensor in content)
+        and len(content) % 3 == 0 < len(content)
+        and all(is_plain(tensor) for tensor in content)
         and all(tensor.dim() == 3 for tensor in content[1::3])
     )
 

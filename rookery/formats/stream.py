@@ -86,9 +86,12 @@ def write_weights(
         metadata: of a safetensors file; {"format": "pt"} when left out, which other readers ask for.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or has no place for a dtype.
     """
     path, tensors = Path(path), list(tensors)
+    for tensor in tensors:
+        if tensor.dtype not in _SAFETENSORS_DTYPES:
+            raise UserError(_("{name} is {dtype}, which cannot be written", name=tensor.name, dtype=tensor.dtype))
     with replacing(path) as beside, open(beside, "wb") as file:
         if path.suffix.lower() in SAFETENSORS:
             _write_safetensors(file, tensors, metadata or {"format": "pt"}, progress)

@@ -44,7 +44,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         tensors = _read_safetensors(file)
     else:
         tensors = _read_pth(file)
-    return normalise(tensors, in_ai00=suffix in AI00)
+    try:
+        return normalise(tensors, in_ai00=suffix in AI00)
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise UserError(
+            _("{path} holds tensors of shapes that no file of that kind has ({error})", path=file, error=error)
+        ) from error
 
 
 def weight_file(path: str | Path) -> Path:
@@ -97,7 +102,12 @@ def load_pth(file: Path) -> object:
     damaged = _("{path} is damaged or not a PyTorch file; copy or download it again", path=file)
     try:
         # Files older than PyTorch 1.6 are no zip archives and cannot be mapped.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        mappable = zipfile.is_zipfile(file)
+        if mappable and not _is_stored(file):
+            raise UserError(damaged)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(
@@ -112,25 +122,45 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
     content = load_pth(file)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+    if not isinstance(content, dict) or not all(isinstance(name, str) and is_plain(t) for name, t in content.items()):
         raise UserError(_("{path} is not a flat dictionary of tensors", path=file))
     return content
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is a tensor with a place in memory for each element. A file could name one without (sparse, or one
+    element repeated a million times), which would take all memory as soon as it was used."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not value.is_quantized and value.nbytes <= value.untyped_storage().nbytes()
+
+
+def _is_stored(archive: Path) -> bool:
+    """Whether nothing in the zip archive is compressed or larger than the archive, as in what `torch.save` writes."""
+    size = archive.stat().st_size
+    with zipfile.ZipFile(archive) as content:
+        return all(
+            entry.compress_type == zipfile.ZIP_STORED and entry.file_size == entry.compress_size <= size
+            for entry in content.infolist()
+        )
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as content:
             return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(_("{path} is damaged or no safetensors file ({error})", path=file, error=error)) from error
 
 
 def _shards(index: Path) -> list[Path]:
     """The files that a Hugging Face index names, all of them beside it."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [index.with_name(name) for name in sorted(names) if Path(name).name == name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(names)
+        return [index.with_name(name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(_("{path} is damaged or no index of weights ({error})", path=index, error=error)) from error
 
 

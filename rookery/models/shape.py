@@ -77,7 +77,19 @@ class ModelShape:
         Raises:
             UserError: not an RWKV model, or a version that is not supported.
         """
+        try:
+            shape = cls._read(shapes, name)
+            layers = {int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")}
+            # Tensors without elements cost a file nothing and could ask for any amount of memory.
+            consistent = layers == set(range(shape.n_layer)) and all(min(s, default=1) > 0 for s in shapes.values())
+        except (ValueError, IndexError, ZeroDivisionError):
+            consistent = False
+        if not consistent:
+            raise UserError(_("{name} holds tensors of names or shapes that no RWKV model has", name=name))
+        return shape
 
+    @classmethod
+    def _read(cls, shapes: Mapping[str, Sequence[int]], name: str) -> ModelShape:
         def size(key: str) -> Sequence[int]:
             if key not in shapes:
                 raise UserError(_("{name} holds no whole RWKV model: {key} is missing", name=name, key=key))
