@@ -24,7 +24,7 @@ from rookery.formats import vocabulary
 from rookery.formats.stream import Pending, Place, Progress, write_weights
 from rookery.i18n import _
 from rookery.models import ModelShape
-from rookery.tokenizer import Tokenizer
+from rookery.tokenizer import Tokenizer, save_beside
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -232,6 +232,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
                 name=tokenizer.name,
             )
         )
+    save_beside(tokenizer, folder / "vocab")  # for ourselves, unless it is World
     shutil.copyfile(Path(__file__).with_name(TOKENIZER), folder / TOKENIZER)
     lines = [f"{i} {piece!r} {len(piece)}\n" for i, piece in enumerate(pieces) if piece]
     (folder / VOCABULARY).write_text("".join(lines), encoding="utf-8", newline="\n")
