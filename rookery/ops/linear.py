@@ -86,6 +86,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if not (weight.is_contiguous() or weight.T.is_contiguous()):
+        # oneDNN has no fast path for rows with gaps between them: it would take 500 times as long.
+        weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
