@@ -3,23 +3,29 @@
 from rookery.infer.cache import PrefixCache
 from rookery.infer.constraint import Constraint, Guide
 from rookery.infer.conversation import Conversation
+from rookery.infer.cpu7 import CPU7Form
 from rookery.infer.engine import Busy, Closed, Engine, Load
-from rookery.infer.forms import Form, PlainForm
+from rookery.infer.forms import Form, GraphForm, PlainForm, form_of
 from rookery.infer.generation import Generation, complete, generate, read
-from rookery.infer.open import find_tokenizer, open_model
+from rookery.infer.open import DTYPES, find_tokenizer, open_form, open_model
 from rookery.infer.request import Answer, Handle, Piece, Request, Token, Usage
 from rookery.infer.sampler import Sampler, Sampling, probabilities
 from rookery.infer.sequence import Sequence
+from rookery.infer.template import TEMPLATES, Template
 
 __all__ = [
+    "DTYPES",
+    "TEMPLATES",
     "Answer",
     "Busy",
+    "CPU7Form",
     "Closed",
     "Constraint",
     "Conversation",
     "Engine",
     "Form",
     "Generation",
+    "GraphForm",
     "Guide",
     "Handle",
     "Load",
@@ -30,11 +36,14 @@ __all__ = [
     "Sampler",
     "Sampling",
     "Sequence",
+    "Template",
     "Token",
     "Usage",
     "complete",
     "find_tokenizer",
+    "form_of",
     "generate",
+    "open_form",
     "open_model",
     "probabilities",
     "read",

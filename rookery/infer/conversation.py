@@ -14,18 +14,29 @@ from safetensors.torch import save_file
 
 from rookery.errors import UserError
 from rookery.i18n import _
+from rookery.infer.forms import Form
 from rookery.infer.generation import Generation
 from rookery.infer.sampler import Sampling
-from rookery.models import Model, State
+from rookery.infer.template import TEMPLATES, Template
+from rookery.models import State
 from rookery.tokenizer import Tokenizer, chat
 
 FORMAT = "rookery-conversation"
 
 
 class Conversation:
-    """Turns of User and Assistant in the chat template of the World models.
+    """Turns of a person and a model.
+
+    Args:
+        form: the model (`rookery.infer.form_of`).
+        tokenizer: its tokenizer.
+        system: what the model is told first.
+        template: how turns become text.
+        start: state before the first word, (L, 1, ...); None for the model's own.
 
     Attributes:
+        system, template: as given; a change takes effect when the conversation begins anew.
+        thinking: how a G1 model should reason; may be changed at any time.
         messages: every turn so far, the system message included.
         state: the model's state after all of it but `unread`; None at the beginning.
         unread: tokens to be read before the next turn.
@@ -33,10 +44,20 @@ class Conversation:
         generation: the answer in progress or the last one.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, system: str = "") -> None:
-        self._model = model
+    def __init__(
+        self,
+        form: Form,
+        tokenizer: Tokenizer,
+        system: str = "",
+        *,
+        template: Template = TEMPLATES["chat"],
+        thinking: chat.Thinking = "none",
+        start: State | None = None,
+    ) -> None:
+        self._form = form
         self._tokenizer = tokenizer
-        self._system = system
+        self._start = start
+        self.system, self.template, self.thinking = system, template, thinking
         self.reset()
 
     def reset(self) -> None:
@@ -46,24 +67,40 @@ class Conversation:
         self.unread: list[int] = []
         self.tokens = 0
         self.generation: Generation | None = None
+        self._before: tuple[list[chat.Message], State | None, list[int], int] | None = None
 
     def ask(self, text: str, sampling: Sampling) -> Iterator[str]:
         """Say something; yields the answer in pieces, without the blanks around it.
 
-        When the answer ends, or the caller stops asking for pieces, the turn is part of the conversation.
+        The template's stop texts and the end of document are added to those of `sampling`. When the answer ends, or the
+        caller stops asking for pieces, the turn is part of the conversation.
 
         Raises:
             UserError: the tokenizer cannot encode the text; the conversation is as it was.
         """
         turns = [chat.Message("user", text)]
-        if not self.messages and self._system:
-            turns.insert(0, chat.Message("system", self._system))
-        prompt = (chat.SEPARATOR if self.messages else "") + chat.prompt(turns)
-        ids = self.unread + self._tokenizer.encode(prompt)
+        if not self.messages and self.system:
+            turns.insert(0, chat.Message("system", self.system))
+        separator = chat.SEPARATOR if self.messages and not self.template.plain else ""
+        ids = self.unread + self._tokenizer.encode(separator + self.template.prompt(turns, self.thinking))
         ends = self._tokenizer.end_of_document
-        sampling = replace(sampling, stop=chat.stop_strings(), token_stop=() if ends is None else (ends,))
-        self.generation = Generation(self._model, self._tokenizer, ids, sampling, self.state)
+        stop = (*self.template.stops(self.thinking), *sampling.stop)
+        sampling = replace(sampling, stop=stop, token_stop=() if ends is None else (ends,))
+        start = self._start if self.state is None else self.state
+        self.generation = Generation(self._form, self._tokenizer, ids, sampling, start)
         return self._answer(turns, self.generation)
+
+    def again(self, sampling: Sampling) -> Iterator[str]:
+        """Answer the last thing said once more, in the place of the answer it got.
+
+        Raises:
+            UserError: nothing was said yet.
+        """
+        if self._before is None:
+            raise UserError(_("Nothing was said yet."))
+        said = next(message.text for message in reversed(self.messages) if message.role == "user")
+        self.messages, self.state, self.unread, self.tokens = self._before
+        return self.ask(said, sampling)
 
     def stop(self) -> None:
         """End the answer in progress; for a signal handler or another thread."""
@@ -72,17 +109,24 @@ class Conversation:
 
     def _answer(self, turns: list[chat.Message], generation: Generation) -> Iterator[str]:
         read = len(generation.unread) - len(self.unread)
-        begun = False
+        before = (list(self.messages), self.state, list(self.unread), self.tokens)
+        shown = "" if self.template.plain else chat.answer_begin(self.thinking).lstrip()
+        trimmed = not shown and not self.template.plain
         try:
+            if shown:
+                yield shown
             for piece in generation:
-                shown = piece if begun else piece.lstrip()
-                begun = begun or shown != ""
-                if shown:
-                    yield shown
+                if trimmed:
+                    piece = piece.lstrip()
+                    trimmed = not piece
+                if piece:
+                    shown += piece
+                    yield piece
         finally:
+            self._before = before
             self.state, self.unread = generation.state, generation.unread
             self.tokens += read + len(generation.sequence.tokens)
-            self.messages += [*turns, chat.Message("assistant", generation.sequence.text.strip())]
+            self.messages += [*turns, chat.Message("assistant", shown.strip())]
 
     def save(self, path: str | Path) -> None:
         """Write the conversation to a file: the text alone (.txt, .md), else everything needed to go on (safetensors).
@@ -96,7 +140,7 @@ class Conversation:
         partial = path.with_name(path.name + ".partial")
         try:
             if path.suffix.lower() in (".txt", ".md"):
-                partial.write_text(chat.document(self.messages) + "\n", encoding="utf-8")
+                partial.write_text(self.text() + "\n", encoding="utf-8")
             else:
                 self._write(partial, self.state)
             os.replace(partial, path)
@@ -108,7 +152,7 @@ class Conversation:
     def _write(self, path: Path, state: State) -> None:
         conversation = {
             "messages": [[message.role, message.text] for message in self.messages],
-            "system": self._system,
+            "system": self.system,
             "unread": self.unread,
             "tokens": self.tokens,
         }
@@ -125,19 +169,18 @@ class Conversation:
         Raises:
             UserError: the file is missing, is something else, or belongs to a model of another shape.
         """
-        device = next(self._model.parameters()).device
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise UserError(_("{path} is not a conversation that /save wrote.", path=path))
                 said = json.loads(metadata["conversation"])
-                state = State(*(file.get_tensor(name).to(device) for name in ("att_shift", "wkv", "ffn_shift")))
+                state = State(*(file.get_tensor(name) for name in ("att_shift", "wkv", "ffn_shift")))
                 messages = [chat.Message(role, str(text)) for role, text in said["messages"]]
                 unread, tokens, system = [int(i) for i in said["unread"]], int(said["tokens"]), str(said["system"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise UserError(_("Cannot read the conversation {path}: {reason}", path=path, reason=error)) from error
-        expected = State.zeros(self._model.shape, 1, "cpu", next(self._model.parameters()).dtype)
+        expected = self._form.initial()
         for name in ("att_shift", "wkv", "ffn_shift"):
             given, wanted = getattr(state, name), getattr(expected, name)
             if given.shape != wanted.shape:
@@ -150,9 +193,16 @@ class Conversation:
                         wanted=tuple(wanted.shape),
                     )
                 )
-            setattr(state, name, given.to(wanted.dtype))
-        self.messages, self.state, self.unread, self.tokens, self._system = messages, state, unread, tokens, system
-        self.generation = None
+            setattr(state, name, given.to(wanted))
+        self.messages, self.state, self.unread, self.tokens, self.system = messages, state, unread, tokens, system
+        self.generation = self._before = None
+
+    def text(self) -> str:
+        """The whole conversation."""
+        if self.template.plain:
+            return "".join(message.text for message in self.messages)
+        marks = {"user": self.template.user, "assistant": self.template.assistant, "system": self.template.system}
+        return chat.SEPARATOR.join(f"{marks[message.role]} {message.text}" for message in self.messages)
 
     def norms(self) -> list[tuple[float, float, float]]:
         """For each layer, the norms of the state: time-mixing shift, matrix of the recurrence, channel-mixing shift."""

@@ -21,7 +21,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -30,11 +31,12 @@ import torch
 from torch import Tensor
 
 from rookery import formats
+from rookery.adapters import attach, detach, enable
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.infer.cache import PrefixCache
 from rookery.infer.constraint import Guide
-from rookery.infer.forms import PREFILL, Form, PlainForm, assign
+from rookery.infer.forms import PREFILL, Form, PlainForm, assign, form_of
 from rookery.infer.request import Finish, Handle, Piece, Request, Token
 from rookery.infer.sequence import Sequence
 from rookery.models import Model, State
@@ -81,8 +83,9 @@ class _Active:
     guide: Guide | None
     start: State
     """The state before the prompt."""
+    form: Form
     context: Hashable
-    """What `start` and the form depend on, for the cache; None if nothing is to be cached."""
+    """What `start` and `form` are, for the cache; None if nothing is to be cached."""
     slot: int = -1
     started: float = 0.0
     position: int = 0
@@ -107,7 +110,7 @@ class Engine:
     Args:
         model: in evaluation mode; it must not be used otherwise while the engine runs.
         tokenizer: the model's.
-        form: how the model is run; None for its own module.
+        form: how the model is run; None for the fastest way (`form_of`).
         slots: sequences that are answered at the same time; more wait.
         waiting: requests that may wait; `submit` raises `Busy` beyond.
         cache_bytes: memory for states of shared prefixes; 0 for none.
@@ -125,14 +128,16 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = model.shape.vocab_size
-        self._form = form or PlainForm(model)
+        self._form = form or form_of(model)
         self._max_waiting = waiting
         self._slots = self._form.slots(slots)
         self._free = list(range(slots))[::-1]
         self._cache = PrefixCache(cache_bytes)
         self._states: dict[str, tuple[State, int]] = {}
+        self._adapters: dict[str, tuple[Form, int]] = {}
         self._mounts = 0
         self._waiting: deque[_Active] = deque()
+        self._jobs: deque[_Job] = deque()
         self._reading: deque[_Active] = deque()
         self._answering: list[_Active] = []
         self._totals = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
@@ -188,9 +193,9 @@ class Engine:
             if len(self._waiting) >= self._max_waiting + len(self._free):
                 raise Busy
             handle = Handle(request)
-            start, context = self._start(request)
+            start, form, context = self._start(request)
             sequence = Sequence(self.tokenizer, request.sampling)
-            self._waiting.append(_Active(handle, sequence, guide, start, context))
+            self._waiting.append(_Active(handle, sequence, guide, start, form, context))
             self._totals["requests"] += 1
             self._condition.notify()
         return handle
@@ -225,6 +230,39 @@ class Engine:
             if self._states.pop(name, None) is None:
                 raise UserError(_("No state called {name} is mounted.", name=name))
 
+    def mount_adapter(self, name: str, source: str | Path | formats.AdapterFile) -> None:
+        """Make an adapter available to requests as `adapter=name`, in the place of one of that name.
+
+        Where the model is packed, the adapter is merged into a packed copy of the matrices it changes, which takes
+        their memory again; else the model's module computes with the adapter switched on, and requests with different
+        adapters take turns.
+
+        Args:
+            source: what `rookery.formats.read_adapter` reads, or what it gave.
+
+        Raises:
+            UserError: the file cannot be read or belongs to another model.
+        """
+        content = source if isinstance(source, formats.AdapterFile) else formats.read_adapter(source)
+        weights = {key: value for key, value in self.model.state_dict().items() if ".adapters." not in key}
+        content = content.fitted(weights, _("the model"))
+        self._between_turns(lambda: self._mount(name, content))
+
+    def unmount_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that use it go on.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        with self._condition:
+            if self._adapters.pop(name, None) is None:
+                raise UserError(_("No adapter called {name} is mounted.", name=name))
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the mounted adapters."""
+        return sorted(self._adapters)
+
     @property
     def states(self) -> list[str]:
         """Names of the mounted states."""
@@ -243,10 +281,14 @@ class Engine:
     def turn(self) -> bool:
         """Do one turn of work; False if there was none."""
         with self._condition:
+            jobs = [self._jobs.popleft() for _job in range(len(self._jobs))]
+        for job in jobs:
+            job.run()
+        with self._condition:
             self._drop_cancelled()
             self._admit()
         with torch.inference_mode():
-            busy = bool(self._reading or self._answering)
+            busy = bool(jobs or self._reading or self._answering)
             try:
                 self._read_prompts()
                 self._answer()
@@ -261,11 +303,41 @@ class Engine:
         while True:
             worked = self.turn()
             with self._condition:
-                idle = not (worked or self._waiting)
+                idle = not (worked or self._waiting or self._jobs)
                 if idle and self._closing:
                     return
                 if idle:
                     self._condition.wait()
+
+    def _between_turns(self, action: Callable[[], None]) -> None:
+        """Have `action` done when nothing is being computed, and wait for it."""
+        job = _Job(action)
+        with self._condition:
+            if self._closing:
+                raise Closed
+            self._jobs.append(job)
+            self._condition.notify()
+        if self._thread is None:
+            self.turn()
+        job.done.result()
+
+    def _mount(self, name: str, content: formats.AdapterFile) -> None:
+        with self._condition:
+            self._mounts += 1
+            inner = f"mounted_{self._mounts}"
+        attach(self.model, content.config, inner, tensors=content.tensors)
+        try:
+            form = self._form.again()
+        except BaseException:
+            detach(self.model, inner)
+            raise
+        if form is None:
+            enable(self.model, inner, False)
+            form = PlainForm(self.model, inner)
+        else:
+            detach(self.model, inner)
+        with self._condition:
+            self._adapters[name] = (form, self._mounts)
 
     def _check(self, request: Request) -> None:
         if not request.prompt:
@@ -276,8 +348,6 @@ class Engine:
             raise UserError(_("A token id lies outside the vocabulary of {size} ids.", size=self.vocab_size))
         if isinstance(request.state, State) and request.state.wkv.shape != self._form.initial().wkv.shape:
             raise UserError(_("The state given belongs to another model."))
-        if request.adapter:
-            raise UserError(_("No adapter called {name} is mounted.", name=request.adapter))
 
     def _drop_cancelled(self) -> None:
         for active in [a for a in (*self._reading, *self._answering) if a.handle.cancelled]:
@@ -304,17 +374,21 @@ class Engine:
             self._totals["cached_tokens"] += active.position
             self._reading.append(active)
 
-    def _start(self, request: Request) -> tuple[State, Hashable]:
-        """The state before the first token, and what it depends on for the cache."""
+    def _start(self, request: Request) -> tuple[State, Form, Hashable]:
+        """The state before the first token, how the model is run, and what the two are for the cache."""
+        form, adapter = self._form, 0
+        if request.adapter:
+            if request.adapter not in self._adapters:
+                raise UserError(_("No adapter called {name} is mounted.", name=request.adapter))
+            form, adapter = self._adapters[request.adapter]
         if isinstance(request.state, State):
-            return request.state, None
-        if not request.state:
-            state, mount = self._form.initial(), 0
-        elif request.state in self._states:
-            state, mount = self._states[request.state]
-        else:
-            raise UserError(_("No state called {name} is mounted.", name=request.state))
-        return state, (mount, request.adapter) if request.reuse and not request.embed else None
+            return request.state, form, None
+        start, mount = form.initial(), 0
+        if request.state:
+            if request.state not in self._states:
+                raise UserError(_("No state called {name} is mounted.", name=request.state))
+            start, mount = self._states[request.state]
+        return start, form, (mount, adapter) if request.reuse and not request.embed else None
 
     def _read_prompts(self) -> None:
         left = PIECE if self._answering else PREFILL
@@ -328,7 +402,7 @@ class Engine:
             end = active.part_at if active.part_at > begin else len(prompt)
             end = min(end, begin + left)
             left -= end - begin
-            hidden = self._form.read(self._slots, active.slot, prompt[begin:end])
+            hidden = active.form.read(self._slots, active.slot, prompt[begin:end])
             active.position = end
             if active.request.embed:
                 active.total = active.total + hidden.float().sum(0)
@@ -340,14 +414,15 @@ class Engine:
             elif end == len(prompt):
                 self._reading.remove(active)
                 self._answering.append(active)
-                self._choose(active, self._form.head(hidden[-1:])[0])
+                self._choose(active, active.form.head(hidden[-1:])[0])
 
     def _answer(self) -> None:
         going_on = [a for a in self._answering if a.sequence.tokens and not a.handle.cancelled]
-        if going_on:
-            rows = [active.slot for active in going_on]
-            logits = self._form.step(self._slots, rows, [active.sequence.tokens[-1] for active in going_on])
-            for active, row in zip(going_on, logits, strict=True):
+        for form in {id(active.form): active.form for active in going_on}.values():
+            group = [active for active in going_on if active.form is form]
+            rows = [active.slot for active in group]
+            logits = form.step(self._slots, rows, [active.sequence.tokens[-1] for active in group])
+            for active, row in zip(group, logits, strict=True):
                 self._choose(active, row)
 
     def _choose(self, active: _Active, logits: Tensor) -> None:
@@ -405,3 +480,19 @@ class Engine:
         """Leave a copy of the state, which is that after `tokens`, in the cache."""
         if active.context is not None:
             self._cache.put(active.context, tokens, self._slots.select(slice(active.slot, active.slot + 1)).clone())
+
+
+class _Job:
+    """Something to be done by the engine's thread."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+        self.done: Future[None] = Future()
+
+    def run(self) -> None:
+        try:
+            self._action()
+        except Exception as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from rookery.infer.forms import PREFILL, Form, PlainForm, assign
 from rookery.infer.sampler import Sampling
 from rookery.infer.sequence import Sequence, Tokenizer
 from rookery.models import Model, State
-
-PREFILL = 512
-"""Tokens of a prompt read in one forward pass."""
 
 
 @torch.inference_mode()
@@ -49,13 +48,13 @@ class Generation:
 
     Attributes:
         sequence: the answer so far, its tokens and why it ended.
-        state: the model's state.
         unread: tokens of the text that are not in `state` yet.
+        prompt_seconds, answer_seconds: time spent on the prompt and the first token, and on the tokens after it.
     """
 
     def __init__(
         self,
-        model: Model,
+        form: Form,
         tokenizer: Tokenizer,
         prompt_ids: list[int],
         sampling: Sampling,
@@ -64,63 +63,80 @@ class Generation:
         if not prompt_ids:
             raise ValueError("the prompt has no tokens")
         self.sequence = Sequence(tokenizer, sampling)
-        self.state = state
         self.unread = list(prompt_ids)
-        self._model = model
+        self.prompt_seconds = self.answer_seconds = 0.0
+        self._form = form
         self._tokenizer = tokenizer
-        self._pending: list[tuple[State, int]] = []
+        self._slots = form.slots(1)
+        assign(self._slots, slice(0, 1), form.initial() if state is None else state)
+        self._held: list[tuple[State, int]] = []
+        """The last tokens from the first that is not wholly released on, each with the state before it."""
+
+    @property
+    def state(self) -> State:
+        """The model's state, (L, 1, ...); a copy."""
+        return (self._held[0][0] if self._held else self._slots.select(slice(0, 1))).clone()
 
     def cancel(self) -> None:
         """End the answer after the token in progress; for a signal handler or another thread."""
         self.sequence.finish = self.sequence.finish or "cancelled"
 
     def __iter__(self) -> Iterator[str]:
-        tokens = self.unread
-        state = self.state
         while not self.sequence.finish:
-            logits, state = read(self._model, [tokens], state)
-            piece = self.sequence.choose(logits[0])
-            tokens = self.sequence.tokens[-1:]
-            self._pending.append((state, tokens[0]))
-            self._settle()
+            begun = time.perf_counter()
+            with torch.inference_mode():
+                piece = self.sequence.choose(self._next_logits())
+                self._settle()
+            if len(self.sequence.tokens) == 1:
+                self.prompt_seconds = time.perf_counter() - begun
+            else:
+                self.answer_seconds += time.perf_counter() - begun
             if piece:
                 yield piece
 
-    def _settle(self) -> None:
-        """Set `state` and `unread` to the end of the released text.
+    def _next_logits(self) -> Tensor:
+        if self.sequence.tokens:
+            return self._form.step(self._slots, [0], self.sequence.tokens[-1:])[0]
+        for begin in range(0, len(self.unread), PREFILL):
+            hidden = self._form.read(self._slots, 0, self.unread[begin : begin + PREFILL])
+        return self._form.head(hidden[-1:])[0]
 
-        `_pending` holds the last tokens, each with the state before it: from the first one that is not wholly released,
-        or the very last one, which the model has not read.
-        """
+    def _settle(self) -> None:
+        """After a token was chosen, which the model has not read: set `unread`, and `_held` if text is held back."""
         sequence = self.sequence
-        first = len(self._pending)
-        if sequence.tokens[-1] in sequence.sampling.token_stop:
-            first -= 1
+        token = sequence.tokens[-1]
+        ended = token in sequence.sampling.token_stop
         surplus = sequence.unreleased_bytes
+        if not surplus and not ended:
+            self._held, self.unread = [], [token]
+            return
+        self._held.append((self._slots.select(slice(0, 1)).clone(), token))
+        first = len(self._held) - ended
         while surplus > 0:
             first -= 1
-            surplus -= len(sequence.bytes_of(self._pending[first][1]))
-        if first < len(self._pending):
-            state, token = self._pending[first]
-            released = sequence.bytes_of(token)[:-surplus] if surplus else b""
-            unread = self._tokenizer.encode(released)
-        else:
-            state, token = self._pending[-1]
-            unread = [token]
-            first -= 1
-        self.state, self.unread = state, unread
-        del self._pending[:first]
+            surplus -= len(sequence.bytes_of(self._held[first][1]))
+        # `first` is the first token that is not wholly released, of which a beginning may be.
+        del self._held[:first]
+        if self._held:
+            beginning = sequence.bytes_of(self._held[0][1])[:-surplus] if surplus else b""
+            self.unread = self._tokenizer.encode(beginning)
 
 
 def generate(
-    model: Model,
+    model: Model | Form,
     tokenizer: Tokenizer,
     prompt_ids: list[int],
     sampling: Sampling,
     state: State | None = None,
 ) -> Generation:
-    """Answer a prompt, in pieces of text that are whole characters: ``for piece in generate(...): print(piece)``."""
-    return Generation(model, tokenizer, prompt_ids, sampling, state)
+    """Answer a prompt, in pieces of text that are whole characters: ``for piece in generate(...): print(piece)``.
+
+    Args:
+        model: a model, or a form of one (`form_of(model)` is the fastest).
+        state: to go on from.
+    """
+    form = PlainForm(model) if isinstance(model, Model) else model
+    return Generation(form, tokenizer, prompt_ids, sampling, state)
 
 
 def complete(

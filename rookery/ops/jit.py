@@ -8,6 +8,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import numba.extending
 import numpy as np
 import torch
 from numba import njit
@@ -36,6 +37,13 @@ It must be inlined: a process that has just compiled a loop would otherwise call
 caller from the cache another copy, optimised with the caller, whose sums round differently. A run that is interrupted
 and goes on would then not end with the same bits.
 """
+
+function = njit(fastmath=FAST, cache=True, nogil=True)
+"""Decorator of a function that compiled code calls, for one that would take long to compile at every place. It must not
+depend on how the compiler orders sums (see `inner`)."""
+
+intrinsic: Any = numba.extending.intrinsic
+"""Numba's decorator of functions that give LLVM code; what it makes is called without the first argument."""
 
 outer = njit(fastmath=FAST, cache=True, nogil=True)
 """Decorator of a function `f(first, last, ...)` that does the pieces of work first..last-1 for `share_out`."""

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from rookery.errors import UserError
 from rookery.formats import read_weights
-from rookery.infer import Conversation, Sampling, open_model, read
+from rookery.infer import Conversation, Sampling, form_of, open_model, read
 from rookery.models import ModelShape, create, initialise
 
 posix = pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
@@ -194,13 +194,13 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(talker) -> None:
 
 def test_a_conversation_of_another_model_is_refused(talker, tmp_path) -> None:
     model, vocabulary = open_model(talker)
-    conversation = Conversation(model, vocabulary)
+    conversation = Conversation(form_of(model), vocabulary)
     "".join(conversation.ask("1", Sampling(temperature=0, max_tokens=3)))
     conversation.save(tmp_path / "kept")
     other = create(ModelShape("x070", 3, 64, vocabulary.vocab_size, 64, 64, 256, dict.fromkeys("wavg", 32)))
     initialise(other, 1)
     with pytest.raises(UserError, match="belongs to another model"):
-        Conversation(other, vocabulary).load(tmp_path / "kept")
+        Conversation(form_of(other), vocabulary).load(tmp_path / "kept")
     for damaged in (b"", b"\x00" * 40, (tmp_path / "kept").read_bytes()[:200]):
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(UserError, match="Cannot read"):
@@ -213,7 +213,7 @@ def test_a_conversation_of_another_model_is_refused(talker, tmp_path) -> None:
 def test_the_carried_state_is_that_of_the_whole_text(talker) -> None:
     """What is carried from turn to turn equals the state after reading the chat as one document."""
     model, vocabulary = open_model(talker)
-    conversation = Conversation(model, vocabulary, system="你好")
+    conversation = Conversation(form_of(model), vocabulary, system="你好")
     whole = "System: 你好"
     for text in ("1+1", "二+3", "4"):
         "".join(conversation.ask(text, Sampling(temperature=0, max_tokens=9)))
