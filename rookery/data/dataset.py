@@ -75,8 +75,7 @@ def open_dataset(
     data_type, content = _read(data, vocab_size, tokenizer)
     if data.val_split and not data.val_file:
         content = content.take(~held_out(content, data.val_split, seed))
-    places = [_whole(len(content.stream), data)] if random_places else []
-    return _Opening(data, data_type, content, vocab_size, seed, places).dataset()
+    return _training(data, data_type, content, vocab_size, seed, random_places)
 
 
 def open_datasets(
@@ -86,16 +85,24 @@ def open_datasets(
 
     Validation reads all of its data in every pass, in windows or documents as the training does.
     """
+    if data.val_split and not data.val_file and data.my_pile_version == 1:
+        data_type, content = _read(data, vocab_size, None)
+        held = held_out(content, data.val_split, seed)
+        training = _training(data, data_type, content.take(~held), vocab_size, seed, random_places)
+        section = _further(data, data.data_file, *VALIDATION_LEAVES)
+        return training, _Opening(section, data_type, content.take(held), vocab_size, seed, []).dataset()
     training = open_dataset(data, vocab_size=vocab_size, seed=seed, random_places=random_places)
-    if data.val_file:
-        section = _further(data, data.val_file, *VALIDATION_LEAVES)
-        return training, open_dataset(section, vocab_size=vocab_size, tokenizer=training.tokenizer)
-    if not data.val_split:
+    if not data.val_file:
         return training, None
-    data_type, content = _read(data, vocab_size, training.tokenizer)
-    held = content.take(held_out(content, data.val_split, seed))
-    section = _further(data, data.data_file, *VALIDATION_LEAVES)
-    return training, _Opening(section, data_type, held, vocab_size, seed, []).dataset()
+    section = _further(data, data.val_file, *VALIDATION_LEAVES)
+    return training, open_dataset(section, vocab_size=vocab_size, tokenizer=training.tokenizer)
+
+
+def _training(
+    data: DataSection, data_type: str, content: Content, vocab_size: int | None, seed: int, random_places: bool
+) -> Dataset:
+    places = [_whole(len(content.stream), data)] if random_places else []
+    return _Opening(data, data_type, content, vocab_size, seed, places).dataset()
 
 
 VALIDATION_LEAVES = ("data_format", "sft_field", "loss_mask", "mask_id", "dataload")
@@ -434,6 +441,8 @@ def make_mask_of(loss_mask: str, data: DataSection, tokenizer: Tokenizer) -> Mas
 
 def _open_list(data: DataSection, vocab_size: int | None, seed: int, tokenizer: Tokenizer | None) -> Dataset:
     """Data of `my_pile_version` 2: many binidx files with weights, read at random places."""
+    if data.val_split and not data.val_file:
+        raise UserError(_("val_split holds out documents of one file, not of a list: give validation data as val_file"))
     parts, places = read_list(data.data_file, data.ctx_len)
     tokenizer = tokenizer or known_tokenizer(parts[0].prefix, data.tokenizer)
     for part in parts:

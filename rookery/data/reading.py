@@ -69,7 +69,16 @@ def read_content(
     wanted = data.tokenizer
     if data_type == "binidx":
         binidx = BinIdx(name)
-        return Content(name, binidx.stream, binidx.sizes, tokenizer or known_tokenizer(binidx.prefix, wanted))
+        known = known_tokenizer(binidx.prefix, wanted if tokenizer is None else "")
+        if tokenizer is not None and known.file_suffix and not _same(tokenizer, known):
+            raise UserError(
+                _(
+                    "{prefix} was made with another vocabulary than the training data: {path}",
+                    prefix=name,
+                    path=known.name,
+                )
+            )
+        return Content(name, binidx.stream, binidx.sizes, tokenizer or known)
     if data_type in ("numpy", "uint16"):
         return Content(name, _read_array(name, data_type), unknown, tokenizer or known_tokenizer(name, wanted))
     if data_type == "dummy":
@@ -127,6 +136,11 @@ def known_tokenizer(prefix: str, wanted: str) -> Tokenizer:
     if wanted and wanted != "char":
         return tokenizers.load(wanted)
     return kept or tokenizers.load("world")
+
+
+def _same(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether every id stands for the same bytes."""
+    return all(np.array_equal(a, b) for a, b in zip(one.token_bytes(), other.token_bytes(), strict=True))
 
 
 def _read_array(name: str, data_type: str) -> np.ndarray:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rookery.config.tree import DataSection
 from rookery.data import BinIdx, Dataset, make, open_dataset
 from rookery.data.preview import preview
-from rookery.data.rows import FORMATS, RowReader, choose_reader
+from rookery.data.rows import FORMATS, BadRow, RowReader, choose_reader
 from rookery.data.sources import CHUNK, find_units, first_rows, read_lines
 from rookery.errors import UserError
 from rookery.tokenizer import World
@@ -281,9 +284,9 @@ def test_rows_of_no_known_format(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "x.jsonl", {"dialogue": "a", "lang": "en"})
     with pytest.raises(UserError, match=r"keys dialogue, lang are of no known format.*sft_field"):
         open_dataset(DataSection(data_file=file))
-    for given, match in (({"data_format": "xml"}, "data_format xml"), ({"template": "chatml"}, "template chatml")):
+    for words, match in (({"data_format": "xml"}, "data_format xml"), ({"template": "chatml"}, "template chatml")):
         with pytest.raises(UserError, match=match):
-            make(file, 1, tmp_path / "x", **given)
+            make(file, 1, tmp_path / "x", **words)
 
 
 def test_the_first_readable_row_decides(tmp_path: Path) -> None:
@@ -349,3 +352,39 @@ def test_an_array_that_is_no_utf_8(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes('[{"text": "好"}]'.encode("gb18030"))
     with pytest.raises(UserError, match="row 1: not UTF-8 text"):
         open_dataset(DataSection(data_file=str(tmp_path / "x.json")))
+
+
+KEYS = (
+    "messages",
+    "conversations",
+    "role",
+    "from",
+    "content",
+    "value",
+    "text",
+    "tools",
+    "tool_calls",
+    "function",
+    "name",
+)
+KEYS += ("arguments", "parameters", "properties", "instruction", "input", "output", "history", "system", "prompt")
+KEYS += ("completion", "weight", "reasoning", "thinking", "type", "function_call")
+SCALARS = st.sampled_from(
+    [None, True, 0, -1.5, "", "user", "assistant", "function_call", "tool", "a\n\nb", "<think>x", "{}"]
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+LISTS = st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3).flatmap(
+    lambda row: st.lists(JSON, max_size=3).map(lambda items: row | {"messages": items, "conversations": items})
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(JSON | LISTS, st.sampled_from(FORMATS), st.sampled_from(["world", "g1"]))
+def test_no_row_ends_in_a_traceback(row: Any, data_format: str, template: Any) -> None:
+    reader = RowReader(data_format, template)
+    with suppress(BadRow):
+        reader.read(row).text.decode("utf-8")

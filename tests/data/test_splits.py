@@ -219,6 +219,19 @@ def test_shares_that_are_none(tmp_path: Path, world: World, mix: list[str], mess
         open_dataset(DataSection(data_file=rows(tmp_path / "x.jsonl", 3), mix=mix), tokenizer=world)
 
 
+def test_mixed_data_of_another_vocabulary(tmp_path: Path, world: World) -> None:
+    file = rows(tmp_path / "x.jsonl", 30)
+    for name in ("a", "b"):
+        rows(tmp_path / f"{name}.jsonl", 30, answer=name * 30)
+        make(tmp_path / f"{name}.jsonl", 1, tmp_path / name, tokenizer="char")
+    section = DataSection(data_file=str(tmp_path / "a"), ctx_len=8, mix=[f"{tmp_path / 'b'}:0.1"])
+    with pytest.raises(UserError, match=r"b was made with another vocabulary than the training data: .*b\.vocab\.json"):
+        open_dataset(section)
+    assert open_dataset(section.model_copy(update={"mix": [f"{section.data_file}:0.1"]})).facts.samples
+    with pytest.raises(UserError, match="another vocabulary"):
+        open_dataset(DataSection(data_file=file, mix=section.mix), tokenizer=world)
+
+
 def test_a_windows_path_has_a_colon_too() -> None:
     assert mix_shares([r"C:\data\pile:0.1"]) == [(r"C:\data\pile", Fraction(1, 10))]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rookery.config.tree import DataSection
-from rookery.data import BinIdx, BinIdxWriter, Dataset, open_dataset, sample_offset
+from rookery.data import BinIdx, BinIdxWriter, Dataset, open_dataset, open_datasets, sample_offset
 from rookery.data.mixture import answers
 from rookery.errors import UserError
 from rookery.tokenizer import Character, World
@@ -158,6 +158,8 @@ def test_lists_of_data(tmp_path: Path, world: World) -> None:
         with pytest.raises(UserError, match=message):
             open_dataset(section)
     listing.write_text(f"{first}\n{second}", encoding="utf-8")
+    with pytest.raises(UserError, match="val_split holds out documents of one file"):
+        open_datasets(section.model_copy(update={"val_split": 0.1}))
     with pytest.raises(UserError, match="b: token 5 is id 205"):
         open_dataset(section, vocab_size=205)
 
