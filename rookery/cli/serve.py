@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, get_args
 
@@ -90,7 +91,7 @@ def serve(
         )
     listener = listen(host, port)
 
-    from rookery.infer import Engine, Sampling, open_model
+    from rookery.infer import Engine, Request, Sampling, open_model
     from rookery.serve.app import create_app
     from rookery.serve.mounts import Mounts
     from rookery.serve.prompts import Prompter
@@ -113,6 +114,8 @@ def serve(
     mount(adapters, adapter, "--adapter")
     limits = Limits(queue, max_prompt, timeout, int(max_body * 1e6), drain=drain)
     with engine:
+        # What the first answer makes the libraries compile is done before anybody waits for it.
+        engine.submit(Request([0, 0], replace(sampling, max_tokens=2), reuse=False)).result()
         shown = name or (path if path.is_dir() else path.with_suffix("")).resolve().name
         service = Service(
             engine, shown, Prompter(vocabulary, sampling, cast("Thinking", thinking)), limits, states, adapters

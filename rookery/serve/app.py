@@ -247,7 +247,7 @@ def _add_mounts(app: FastAPI, service: Service, kind: Kind) -> None:
         except FileNotFoundError as error:
             raise ApiError(404, str(error), param="file") from error
         except UserError as error:
-            raise ApiError(400, str(error), param="file") from error
+            raise ApiError(400, str(error).replace(str(file), asked.file), param="file") from error
 
     @app.delete(path + "/{name}", response_model=Unmounted, operation_id=f"unmount_{kind}")
     async def unmount(name: str) -> Response:

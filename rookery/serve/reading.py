@@ -113,15 +113,15 @@ class AnswerReader:
         return False
 
     def _call(self, parts: list[Part]) -> bool:
-        if not self._before:
+        # Strings in JSON hold no line breaks, so this is where the block ends.
+        text, end, rest = self._held.partition("\n```")
+        if not self._before or not end:
             return False
-        for end in re.finditer("\n```", self._held):
-            if calls := self._called(self._held[: end.start()]):
-                parts += calls
-                self._held, self._before = self._held[end.end() :], ""
-                self._phase, self._spoken = "text", False
-                return True
-        return False
+        calls = self._called(text)
+        parts += calls or _part("text", self._before + text + end)
+        self._held, self._before = rest, ""
+        self._phase, self._spoken = "text", not calls
+        return True
 
     def _called(self, text: str) -> list[Part]:
         calls = calls_in(text, self._tools)
