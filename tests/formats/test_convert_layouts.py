@@ -13,8 +13,9 @@ from torch import Tensor
 
 import rookery
 from rookery.errors import UserError
-from rookery.formats import read_weights, write_pth
+from rookery.formats import Pending, read_weights, write_pth, write_weights
 from rookery.formats.convert import convert
+from rookery.formats.stream import pending
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CONVERTED = json.loads((GOLDEN / "st_conversion.json").read_text(encoding="utf-8"))
@@ -86,6 +87,34 @@ def test_a_written_pth_is_one_of_pytorch_and_maps(tmp_path: Path) -> None:
     original = read_weights(checkpoint("x070"))
     for mmap in (False, True):
         same(torch.load(tmp_path / "model.pth", weights_only=True, mmap=mmap), original)
+
+
+def test_tensors_are_aligned_in_a_file_for_whoever_maps_it(tmp_path: Path) -> None:
+    odd = {"a": torch.ones(3, dtype=torch.bool), "b": torch.ones(5).half(), "c": torch.ones(()), "d": torch.ones(0, 2)}
+    write_weights(tmp_path / "odd.pth", pending(odd))
+    mapped = torch.load(tmp_path / "odd.pth", weights_only=True, mmap=True)
+    same(mapped, odd)
+    assert {tensor.data_ptr() % 64 for tensor in mapped.values()} == {0}
+    write_weights(tmp_path / "odd.safetensors", pending(odd))
+    same(load_file(tmp_path / "odd.safetensors"), odd)
+    content = (tmp_path / "odd.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert [header[name]["data_offsets"][0] % tensor.itemsize for name, tensor in odd.items()] == [0, 0, 0, 0]
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    def fail() -> Tensor:
+        raise OSError("no space left on device")
+
+    for name in ("model.pth", "model.safetensors"):
+        (tmp_path / name).write_text("before", encoding="utf-8")
+        items = [Pending("a", (2,), torch.float32, lambda: torch.ones(2)), Pending("b", (2,), torch.float32, fail)]
+        with pytest.raises(UserError, match=r"cannot write .*: no space left on device"):
+            write_weights(tmp_path / name, items)
+        assert (tmp_path / name).read_text(encoding="utf-8") == "before"
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
