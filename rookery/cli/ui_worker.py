@@ -12,17 +12,22 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rookery.errors import UserError
 from rookery.i18n import set_language
 
+if TYPE_CHECKING:
+    from rookery.config.memory import Plan
 
-def check(words: list[str]) -> dict[str, Any]:
-    """What `rookery train WORDS` would do: every value and where it comes from, and what it says about them."""
+
+def check(words: list[str], free: dict[str, int]) -> dict[str, Any]:
+    """What `rookery train WORDS` would do: every value and where it comes from, what it says about them, and the memory
+    it would take of `free` (bytes by device: "cpu", "cuda")."""
     from rookery.config import differences, parse
+    from rookery.config.memory import Plan
     from rookery.config.tree import SECTION_OF, get
     from rookery.data import BinIdx
     from rookery.train import prepare
@@ -37,12 +42,29 @@ def check(words: list[str]) -> dict[str, Any]:
         other = [(d.leaf, d.before, d.after) for d in differences(parse([], files.config_file).config, config)]
     data = BinIdx(config.data.data_file) if config.data.data_type == "binidx" else None
     return {
+        "memory": memory(Plan.of(config), free),
         "data": data and {"tokens": data.tokens, "documents": len(data)},
         "values": {leaf: get(config, leaf) for leaf in SECTION_OF},
         "origins": {leaf: str(resolved.origins[leaf]) for leaf in SECTION_OF},
         "notes": [*parsed.notes, *resolved.notes],
         "differences": other,
     }
+
+
+def memory(plan: Plan, free: dict[str, int]) -> dict[str, Any] | None:
+    """What a training needs (bytes), of how much, whether that fits, and flags with which it would; None where nobody
+    knows how much is free."""
+    from rookery.config.memory import estimate, fits, largest_micro_bsz, remedies
+
+    room = free.get(plan.accelerator)
+    if room is None:
+        return None
+    if plan.micro_bsz == 0:
+        plan = replace(plan, micro_bsz=max(1, largest_micro_bsz(plan, room)))
+    need = estimate(plan).total
+    verdict = "fits" if fits(plan, room) else "tight" if need <= room else "will not fit"
+    changes = [] if verdict == "fits" else [(remedy.flags, remedy.total) for remedy in remedies(plan, room)]
+    return {"need": need, "free": room, "verdict": verdict, "micro_bsz": plan.micro_bsz, "remedies": changes}
 
 
 def describe(paths: list[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rookery.errors import UserError
 from rookery.i18n import _, set_language
-from rookery.ui import failures, form, processes
+from rookery.ui import failures, form, machine, processes
 from rookery.ui.jobs import Jobs
 from rookery.ui.places import MODELS, Places
 from rookery.ui.runs import ACTIVE, OUTPUT, Run, Runs, find_runs, start_training, started_here
@@ -95,7 +95,7 @@ class Console:
         answer: dict[str, Any] = {"fields": wrong, "command": form.command(found), "proj_dir": self._run_dir(found)}
         if wrong:
             return answer
-        reply = self.worker.ask("check", words=form.words(found))
+        reply = self.worker.ask("check", words=form.words(found), free=machine.free_memory())
         if "error" in reply:
             failure = failures.find(reply["error"])
             known = failure is not failures.UNKNOWN or reply["trace"]

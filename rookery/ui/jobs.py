@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 import time
@@ -22,6 +23,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self._jobs: dict[int, dict[str, Any]] = {}
+        self._numbers = itertools.count(1)
         self._folder = Path(tempfile.mkdtemp(prefix="rookery-console-"))
 
     def start(self, kind: str, title: str, words: list[str], folder: Path, result: str = "") -> dict[str, Any]:
@@ -32,7 +34,7 @@ class Jobs:
             title: for people.
             result: the path it will write.
         """
-        number = len(self._jobs) + 1
+        number = next(self._numbers)
         log = self._folder / f"{number}.log"
         pid = processes.start(processes.rookery_command(*words), folder, log)
         self._jobs[number] = {
@@ -76,7 +78,7 @@ class Jobs:
 
     def list(self) -> list[dict[str, Any]]:
         """Every job, newest first."""
-        return [self.state(number) for number in reversed(self._jobs)]
+        return [self.state(number) for number in sorted(self._jobs, reverse=True)]
 
     def cancel(self, number: int) -> dict[str, Any]:
         """End a job that runs."""

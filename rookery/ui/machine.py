@@ -30,6 +30,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def free_memory() -> dict[str, int]:
+    """Bytes that a training could take: of the machine ("cpu"), and of its first GPU ("cuda") if there is one."""
+    free = {"cpu": int(psutil.virtual_memory().available)}
+    for gpu in gpus()[:1]:
+        free["cuda"] = gpu["memory"] - gpu["used"]
+    return free
+
+
 def gpus() -> list[dict[str, Any]]:
     """Name, memory in bytes, load and temperature of each NVIDIA GPU, as nvidia-smi tells."""
     global _gpus

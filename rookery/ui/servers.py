@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ class Servers:
 
     def __init__(self) -> None:
         self._servers: dict[int, dict[str, Any]] = {}
+        self._lock = threading.Lock()
         self._folder = Path(tempfile.mkdtemp(prefix="rookery-serve-"))
 
     def start(self, model: Path, options: list[str], port: int, folder: Path) -> dict[str, Any]:
@@ -40,6 +42,10 @@ class Servers:
         Raises:
             PortTaken: the port has a listener.
         """
+        with self._lock:
+            return self._start(model, options, port, folder)
+
+    def _start(self, model: Path, options: list[str], port: int, folder: Path) -> dict[str, Any]:
         for number, server in self._servers.items():
             same = server["model"] == str(model) and server["options"] == options and port in (0, server["port"])
             if same and self.state(number)["state"] in ("starting", "ready"):
@@ -58,7 +64,7 @@ class Servers:
             "log": log,
             "command": quoted(["rookery", *words]),
             "started": time.time(),
-            "ready": False,
+            "name": "",
             "stopped": False,
         }
         return self.state(number)
@@ -73,14 +79,14 @@ class Servers:
         if server is None:
             raise UserError(_("there is no server number {number}; start it again", number=number))
         running = processes.alive(server["pid"])
-        if running and not server["ready"]:
-            server["ready"] = answers(server["port"])
+        if running and not server["name"]:
+            server["name"] = served_name(server["port"])
         output, _end = read_from(server["log"], -8_000)
         failed = not running and not server["stopped"]
         return {
-            **{name: server[name] for name in ("id", "model", "options", "port", "command", "started")},
+            **{name: server[name] for name in ("id", "model", "name", "options", "port", "command", "started")},
             "url": f"http://{HOST}:{server['port']}/v1",
-            "state": ("ready" if server["ready"] else "starting") if running else "failed" if failed else "stopped",
+            "state": ("ready" if server["name"] else "starting") if running else "failed" if failed else "stopped",
             "memory": processes.memory(server["pid"]) if running else None,
             "output": output,
             "failure": failures.as_dict(failures.find(output)) if failed else None,
@@ -88,7 +94,7 @@ class Servers:
 
     def list(self) -> list[dict[str, Any]]:
         """Every server, newest first."""
-        return [self.state(number) for number in reversed(self._servers)]
+        return [self.state(number) for number in sorted(self._servers, reverse=True)]
 
     def stop(self, number: int) -> dict[str, Any]:
         """End a server."""
@@ -99,7 +105,7 @@ class Servers:
 
     def close(self) -> None:
         """End all: nobody could stop them later."""
-        for number in self._servers:
+        for number in list(self._servers):
             if processes.alive(self._servers[number]["pid"]):
                 self.stop(number)
 
@@ -146,13 +152,13 @@ def free_port(port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def answers(port: int) -> bool:
-    """Whether a server has loaded its model."""
+def served_name(port: int) -> str:
+    """What a server calls its model; empty while it does not answer."""
     connection = http.client.HTTPConnection(HOST, port, timeout=1)
     try:
         connection.request("GET", "/v1/models")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
+        return str(json.loads(connection.getresponse().read())["data"][0]["id"])
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+        return ""
     finally:
         connection.close()

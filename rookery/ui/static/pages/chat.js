@@ -122,7 +122,7 @@ async function answer(side, before, question, column, change, signal) {
     messages.push({ role: "user", content: question });
     const number = (name) => (sampling.value[name].trim() === "" ? undefined : Number(sampling.value[name]));
     const body = {
-      model: "rwkv", messages, stream: true,
+      messages, stream: true,
       temperature: number("temperature"), top_p: number("top_p"), seed: number("seed"), max_tokens: number("max_tokens"),
       presence_penalty: number("presence_penalty"), frequency_penalty: number("frequency_penalty"),
     };

@@ -48,7 +48,7 @@ function Server({ server }) {
       ${running && html`<button class="button small" onClick=${() => api("servers/stop", { id: server.id }).catch(complain)}><${Icon} name="stop" filled />${t("Stop")}</button>`}`}>
       <p class="path-line">${server.url} ${server.memory && html`<span class="muted">${bytes(server.memory)}</span>`}</p>
       ${server.failure && html`<${Problem} failure=${server.failure.code === "RK900" ? null : server.failure} text=${server.output} />`}
-      ${running && html`
+      ${server.state === "ready" && html`
         <${Choice} label=${t("Example")} value=${sample.value} onInput=${(name) => { sample.value = name; }} options=${[["curl", "curl"], ["python", "Python"], ["command", t("Command")]]} />
         <${Code} text=${example(server, sample.value)} label=${t("Example")} />`}
     </${Card}>`;
@@ -61,7 +61,7 @@ function example(server, kind) {
 
 client = OpenAI(base_url="${server.url}", api_key="none")
 answer = client.chat.completions.create(
-    model="rwkv",
+    model="${server.name}",
     messages=[{"role": "user", "content": "1+1=?"}],
     stream=True,
 )
@@ -70,5 +70,5 @@ for part in answer:
   }
   return `curl ${server.url}/chat/completions \\
   -H "Content-Type: application/json" \\
-  -d '{"model": "rwkv", "messages": [{"role": "user", "content": "1+1=?"}]}'`;
+  -d '{"model": "${server.name}", "messages": [{"role": "user", "content": "1+1=?"}]}'`;
 }

@@ -1,7 +1,7 @@
 // The form of a training run, what is known about it before it starts, and the start.
 import { effect, signal, untracked } from "@preact/signals";
 import { useEffect } from "preact/hooks";
-import { api, bytes, complain, count, duration, fileName, go, hello, html, isActive, kept, language, link, machine, runs, short, t, toast } from "../core.js";
+import { api, bytes, complain, count, duration, fileName, go, hello, html, isActive, kept, language, link, runs, short, t, toast } from "../core.js";
 import { Card, Choice, Code, Field, Icon, PathField, Problem, SelectField, SwitchField, TextField, ask } from "../widgets.js";
 import { models, modelName, needModels, mergeDialog } from "./models.js";
 
@@ -265,7 +265,7 @@ function modelFacts({ values: found, error }) {
 }
 
 function steps(found) {
-  const batch = (found.micro_bsz || 1) * found.accumulate_grad_batches * found.devices * found.num_nodes;
+  const batch = (found.micro_bsz || check.value.memory?.micro_bsz || 1) * found.accumulate_grad_batches * found.devices * found.num_nodes;
   const each = batch * found.ctx_len;
   const all = Math.ceil(Math.abs(found.my_exit_tokens || 0) / each);
   const counted = (found.epoch_count || 0) * (found.epoch_steps || 0);
@@ -277,16 +277,23 @@ function lengthFacts({ values: found }) {
   return t("{steps} steps of {each} tokens: {all} tokens", { steps: count(total), each: count(each), all: short(total * each) });
 }
 
+/** Change the form as "--micro_bsz 4 --grad_cp 1" says. */
+function obey(flags) {
+  const { peft, ...others } = Object.fromEntries([...flags.matchAll(/--(\w+) (\S+)/g)].map(([, leaf, value]) => [leaf, value]));
+  if (peft) method.value = peft;
+  change(others);
+}
+
 function fitsMemory({ memory }) {
-  return !memory || memory.verdict !== "will not fit";
+  return !memory || memory.verdict === "fits";
 }
 
 function memoryFacts({ memory }) {
-  const gpu = machine.value?.gpus[0];
-  const free = gpu ? gpu.memory - gpu.used : machine.value?.free;
-  if (!memory) return t("{free} free; what the run takes shows when it has begun", { free: bytes(free) });
-  const said = { fits: t("fits"), tight: t("tight"), "will not fit": t("will not fit") }[memory.verdict] || "";
-  return t("about {need} of {free} free: {verdict}", { need: bytes(memory.bytes), free: bytes(memory.free ?? free), verdict: said });
+  if (!memory) return t("known when the run has begun");
+  const said = { fits: t("fits"), tight: t("tight"), "will not fit": t("will not fit") }[memory.verdict];
+  return html`${t("about {need} of {free} free: {verdict}", { need: bytes(memory.need), free: bytes(memory.free), verdict: said })}
+    ${memory.remedies.map(([flags, total]) => html`<button type="button" class="button small remedy" onClick=${() => obey(flags)}>
+      ${t("with {flags}: {size}", { flags, size: bytes(total) })}</button>`)}`;
 }
 
 /** As fast as the last run of the same shape and method on this machine, when there was one. */
