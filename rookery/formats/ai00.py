@@ -25,8 +25,15 @@ def place(name: str, shape: Sequence[int]) -> Place:
     return Place(new, (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape), transposed)
 
 
-def is_ai00(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors are in this layout, as far as a model or an adapter tells; a state looks the same in both."""
+def is_ai00(tensors: Mapping[str, Tensor], *, named_so: bool) -> bool:
+    """Whether tensors are in this layout. A model or an adapter tells by itself (an x070 model of the converter written
+    in Rust is in RWKV-LM's); a state looks the same in both, so that the name of its file decides.
+
+    Args:
+        named_so: the file is called .st or .state.
+    """
+    if all(name.endswith(".time_state") for name in tensors):
+        return named_so
     if any(name.endswith((".time_first", ".time_mix_w1", ".lora.0")) for name in tensors):
         return True
     low_rank = tensors.get("blocks.0.att.w1")

@@ -81,14 +81,14 @@ def normalise(tensors: Mapping[str, Tensor], *, in_ai00: bool = False) -> dict[s
     """The same tensors under RWKV-LM's names and axis order.
 
     Args:
-        in_ai00: the file calls itself Ai00's; needed for states, which nothing but that tells from those of a .pth.
+        in_ai00: the file is called as Ai00's are.
     """
     for prefix in PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if hf.is_hf(tensors):
         tensors = hf.to_rwkv(tensors)
-    elif in_ai00 or ai00.is_ai00(tensors):
+    elif ai00.is_ai00(tensors, named_so=in_ai00):
         tensors = ai00.to_rwkv(tensors)
     return {name: _unsqueezed(name, tensor) for name, tensor in tensors.items()}
 

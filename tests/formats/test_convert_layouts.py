@@ -68,6 +68,13 @@ def test_st_is_what_the_converter_of_ai00_writes(version: str, tmp_path: Path) -
     same(read_weights(tmp_path / "model.st"), {name: tensor.half() for name, tensor in tensors.items()})
 
 
+def test_an_x070_st_of_the_other_converter_is_read(tmp_path: Path) -> None:
+    """The one written in Rust leaves the matrices of x070 as they are."""
+    original = {name: tensor.half() for name, tensor in read_weights(checkpoint("x070")).items()}
+    save_file(original, tmp_path / "model.st")
+    same(read_weights(tmp_path / "model.st"), original)
+
+
 @versions
 @pytest.mark.parametrize("endings", [(".pth", ".safetensors"), (".safetensors", ".pth"), (".st", ".pth")])
 def test_every_way_there_and_back_keeps_every_bit(version: str, endings: tuple[str, str], tmp_path: Path) -> None:
