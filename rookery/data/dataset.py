@@ -43,6 +43,9 @@ from rookery.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from rookery.data.mask import Mask
 
+VALIDATION_LEAVES = ("data_format", "sft_field", "loss_mask", "mask_id", "dataload")
+"""What validation data share with the training data, beside what all further data do."""
+
 
 def open_dataset(
     data: DataSection,
@@ -103,10 +106,6 @@ def _training(
 ) -> Dataset:
     places = [_whole(len(content.stream), data)] if random_places else []
     return _Opening(data, data_type, content, vocab_size, seed, places).dataset()
-
-
-VALIDATION_LEAVES = ("data_format", "sft_field", "loss_mask", "mask_id", "dataload")
-"""What validation data share with the training data, beside what all further data do."""
 
 
 def _further(data: DataSection, file: str, *leaves: str) -> DataSection:

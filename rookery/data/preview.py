@@ -124,7 +124,7 @@ def preview(
     """Look at what `data` names as training would, without training.
 
     Args:
-        data: the section of a configuration; `val_split` and `mix` have no say here.
+        data: the section of a configuration; `sft_split`, `val_split` and `mix` have no say here.
         rows: documents to show.
         everything: look at all of a large file, not only at the first 64 MiB.
         progress: is told how many bytes are done, of how many.
