@@ -30,4 +30,4 @@ def low_rank(weight: Tensor, rank: int, iterations: int, generator: torch.Genera
         Q = torch.linalg.qr(W @ Q).Q
     U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
     root = S[:rank].sqrt()
-    return root[:, None] * Vh[:rank], (Q @ U[:, :rank]) * root
+    return (root[:, None] * Vh[:rank]).contiguous(), ((Q @ U[:, :rank]) * root).contiguous()
