@@ -52,8 +52,8 @@ def serve(
     ),
     states_dir: Path = typer.Option(None, metavar="DIR", help="Folder whose states clients may mount and unmount"),
     adapters_dir: Path = typer.Option(None, metavar="DIR", help="Folder whose adapters clients may mount and unmount"),
-    thinking: str = typer.Option(
-        "none", help="How a G1 model thinks when a request does not say: none, quick, think, bit or lot"
+    think: str = typer.Option(
+        "none", help="How a G1 model reasons when a request does not say: none, quick, think, bit or lot"
     ),
     slots: int = typer.Option(32, min=1, help="Answers in progress at the same time"),
     queue: int = typer.Option(64, min=0, help="Answers that may wait; beyond, requests are refused at once"),
@@ -65,6 +65,7 @@ def serve(
     cache: int = typer.Option(256, min=0, help="Memory for the states of prompts' beginnings, in MB"),
     tokenizer: str = typer.Option("", help="world or a vocabulary file; found beside the weights when left out"),
     device: str = typer.Option("auto", help="cpu, cuda or auto"),
+    dtype: str = typer.Option("auto", help="Format of the weights: fp32, bf16, fp16, int8 or auto"),
 ) -> None:
     """Serve a model over HTTP with OpenAI's API. Ctrl-C lets running answers finish, a second one does not."""
     from rookery.serve.guard import is_loopback
@@ -85,20 +86,18 @@ def serve(
     for folder in (states_dir, adapters_dir):
         if folder and not folder.is_dir():
             raise UserError(_("{path} is no folder", path=folder))
-    if thinking not in get_args(Thinking):
-        raise UserError(
-            _("--thinking {name}: expected one of {known}", name=thinking, known=", ".join(get_args(Thinking)))
-        )
+    if think not in get_args(Thinking):
+        raise UserError(_("--think {name}: expected one of {known}", name=think, known=", ".join(get_args(Thinking))))
     listener = listen(host, port)
 
-    from rookery.infer import Engine, Request, Sampling, open_model
+    from rookery.infer import Engine, Request, Sampling, open_form
     from rookery.serve.app import create_app
     from rookery.serve.mounts import Mounts
     from rookery.serve.prompts import Prompter
     from rookery.serve.server import Server
     from rookery.serve.service import Limits, Service
 
-    model, vocabulary = open_model(path, tokenizer_name=tokenizer, device=device)
+    form, vocabulary = open_form(path, device=device, dtype=dtype, tokenizer_name=tokenizer)
     # A model with a vocabulary of its own was trained on a task of its own, which has one right answer.
     own_task = vocabulary.name != "world"
     sampling = (
@@ -107,9 +106,11 @@ def serve(
         else Sampling(max_tokens=max_tokens)
     )
     # The service does the refusing.
-    engine = Engine(model, vocabulary, slots=slots, waiting=2 * (slots + queue), cache_bytes=cache << 20)
+    engine = Engine(
+        form.model, vocabulary, form=form, slots=slots, waiting=2 * (slots + queue), cache_bytes=cache << 20
+    )
     states = Mounts(engine.mount_state, engine.unmount_state, states_dir, "--states-dir")
-    adapters = Mounts(no_adapter, no_adapter, adapters_dir, "--adapters-dir")
+    adapters = Mounts(engine.mount_adapter, engine.unmount_adapter, adapters_dir, "--adapters-dir")
     mount(states, state, "--state")
     mount(adapters, adapter, "--adapter")
     limits = Limits(queue, max_prompt, timeout, int(max_body * 1e6), drain=drain)
@@ -118,7 +119,7 @@ def serve(
         engine.submit(Request([0, 0], replace(sampling, max_tokens=2), reuse=False)).result()
         shown = name or (path if path.is_dir() else path.with_suffix("")).resolve().name
         service = Service(
-            engine, shown, Prompter(vocabulary, sampling, cast("Thinking", thinking)), limits, states, adapters
+            engine, shown, Prompter(vocabulary, sampling, cast("Thinking", think)), limits, states, adapters
         )
         hosts = {"localhost", "127.0.0.1", "::1", host, *allow_host} if local else set()
         server = Server(create_app(service, hosts=hosts, origins=allow_origin, keys=keys), service)
@@ -168,7 +169,3 @@ def mount(mounts: Mounts, given: list[str], flag: str) -> None:
         if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", name):
             raise UserError(_("{flag} {word}: a name has letters, digits, _ . and - only", flag=flag, word=word))
         mounts.add(name, Path(file))
-
-
-def no_adapter(name: str, _file: Path | None = None) -> None:
-    raise UserError(_("The adapter {name} cannot be mounted: merge it into the weights first.", name=name))

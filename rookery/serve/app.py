@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from rookery import __version__
 from rookery.errors import UserError
 from rookery.i18n import _
+from rookery.infer import Closed
 from rookery.serve.answers import ChatWriter, CompletionWriter, Frame, dump, embeddings
 from rookery.serve.errors import ApiError
 from rookery.serve.guard import Guard
@@ -238,7 +239,7 @@ def _add_mounts(app: FastAPI, service: Service, kind: Kind) -> None:
     @app.post(path, response_model=Mounted, operation_id=f"mount_{kind}")
     async def mount(asked: MountRequest) -> Response:
         if service.draining:
-            service.admit(0)
+            raise service.ending()
         try:
             file = mounts.allowed(asked.file)
             return _json(shown(await asyncio.to_thread(mounts.add, asked.name, file)))
@@ -246,6 +247,8 @@ def _add_mounts(app: FastAPI, service: Service, kind: Kind) -> None:
             raise ApiError(403, str(error), param="file") from error
         except FileNotFoundError as error:
             raise ApiError(404, str(error), param="file") from error
+        except Closed as error:
+            raise service.ending() from error
         except UserError as error:
             raise ApiError(400, str(error).replace(str(file), asked.file), param="file") from error
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from rookery.errors import UserError
 from rookery.i18n import _
-from rookery.infer import Engine, Handle, Piece, Request
+from rookery.infer import Closed, Engine, Handle, Piece, Request
 from rookery.serve.errors import ApiError
 from rookery.serve.metrics import Metrics
 from rookery.serve.mounts import Mounts
@@ -98,8 +98,7 @@ class Service:
             ApiError: there is no room for it, or the server is ending.
         """
         if self.draining:
-            self.metrics.refused += 1
-            raise ApiError(503, _("The server is ending; it takes no more requests."), code="draining", retry_after=10)
+            raise self.ending()
         room = self.slots + self.limits.queue
         if answers > room:
             raise ApiError(
@@ -117,6 +116,11 @@ class Service:
         job = Job(self, answers)
         self._jobs.add(job)
         return job
+
+    def ending(self) -> ApiError:
+        """The refusal of a server that is ending."""
+        self.metrics.refused += 1
+        return ApiError(503, _("The server is ending; it takes no more requests."), code="draining", retry_after=10)
 
     def _until_room(self) -> int:
         rounds = max(1.0, self.accepted / self.slots)
@@ -193,6 +197,8 @@ class Job:
             raise ApiError(400, _reason(error)) from error
         except RecursionError as error:
             raise ApiError(400, _("The request is nested too deeply.")) from error
+        except Closed as error:
+            raise self._service.ending() from error
 
     async def submit(
         self, requests: list[Request], state: str | None = None, adapter: str | None = None

@@ -10,7 +10,8 @@ import pytest
 import torch
 from serving import Server
 
-from rookery.formats import write_pth
+from rookery.adapters import AdapterConfig, adapter_tensors, attach, detach
+from rookery.formats import Base, write_adapter, write_pth
 from rookery.models import Model, ModelShape, create, initialise
 from rookery.tokenizer import Character, chat
 
@@ -90,7 +91,7 @@ def clerk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with a random model that says anything and does not stop, and two states for it."""
+    """A run directory with a random model that says anything and does not stop, and two states and two adapters."""
     model, vocabulary = build([], 32, 1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -104,6 +105,15 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (states / "poet.pth", states / "more" / "clown.pth"):
         write_pth(path, {"blocks.0.att.time_state": torch.randn(1, 32, 32, generator=generator)})
     write_pth(folder / "outside.pth", {"blocks.0.att.time_state": torch.zeros(1, 32, 32)})
+    adapters = folder / "adapters"
+    adapters.mkdir()
+    base = Base.of(model.state_dict(), folder / "rwkv-final.pth")
+    for name in ("sailor", "judge"):
+        config = AdapterConfig(method="lora", r=4, alpha=8)
+        attach(model, config, name)
+        tensors = {key: torch.randn(t.shape, generator=generator) for key, t in adapter_tensors(model, name).items()}
+        write_adapter(adapters / f"{name}.safetensors", tensors, config, base)
+        detach(model, name)
     return folder
 
 
@@ -136,7 +146,10 @@ def knowing(clerk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture(scope="session")
 def babbling(babbler: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of the babbler, with states; likewise."""
+    """A server of the babbler, with a state and an adapter; likewise."""
     states = babbler / "states"
-    options = ("--name", "babbler", "--state", f"poet={states / 'poet.pth'}", "--states-dir", states)
-    yield from shared(tmp_path_factory.mktemp("babbling"), babbler, *options, "--max-body", "0.1", "--slots", "8")
+    adapters = babbler / "adapters"
+    mounts = ["--state", f"poet={states / 'poet.pth'}", "--adapter", f"sailor={adapters / 'sailor.safetensors'}"]
+    folders = ["--states-dir", states, "--adapters-dir", adapters]
+    options = ["--name", "babbler", *mounts, *folders, "--max-body", "0.1", "--slots", "8"]
+    yield from shared(tmp_path_factory.mktemp("babbling"), babbler, *options)

@@ -44,7 +44,7 @@ def test_a_port_that_is_taken(babbler) -> None:
 
 def test_wrong_words_on_the_command_line(babbler, tmp_path) -> None:
     assert "is no folder" in refused(babbler, "--states-dir", tmp_path / "none")
-    assert "--thinking" in refused(babbler, "--thinking", "hard")
+    assert "--think" in refused(babbler, "--think", "hard")
     assert "nothing.pth" in refused(babbler, "--state", "x=nothing.pth", "--port", "0")
     assert "letters" in refused(babbler, "--state", "a b=nothing.pth", "--port", "0")
 
