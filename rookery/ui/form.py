@@ -178,7 +178,10 @@ def as_text(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     if isinstance(value, float):
-        return re.sub(r"e([+-])0*", lambda match: "e" + match[1].replace("+", ""), f"{value:.12g}")
+        # Learning rates are written 6e-4 everywhere in the field.
+        mantissa, _e, exponent = f"{value:.11e}".partition("e")
+        small = 0 < abs(value) < 1e-2
+        return f"{float(mantissa):g}e{int(exponent)}" if small else f"{value:.12g}"
     return str(value)
 
 

@@ -195,7 +195,7 @@ export const figure = (value, digits = 4) => (value == null || !isFinite(value) 
 export const rate = (value) => (value == null ? "–" : value === 0 ? "0" : value.toExponential(2).replace("e+0", ""));
 export const date = (seconds) =>
   seconds
-    ? new Date(seconds * 1000).toLocaleString(locale(), { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" })
+    ? new Date(seconds * 1000).toLocaleString(locale(), { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hour12: false })
     : "–";
 export const fileName = (path) => (path || "").split(/[\\/]/).filter(Boolean).pop() || "";
 

@@ -29,7 +29,8 @@ function App() {
   if (!hello.value) return html`<main class="alone" aria-busy="true"></main>`;
   const { page, words } = place.value;
   const [Page, name] = page === "run" ? [Run, () => t("Run")] : PAGES[page] || PAGES.train;
-  document.title = `${name()} · Rookery`;
+  const run = page === "run" ? runs.value?.[words.run] : null;
+  document.title = run ? `${isActive(run) ? `${Math.floor(100 * run.progress)} % · ` : ""}${run.name} · Rookery` : `${name()} · Rookery`;
   return html`
     <a class="skip" href="#main" onClick=${(e) => { e.preventDefault(); document.getElementById("main").focus(); }}>${t("To the content")}</a>
     <${Sidebar} page=${page} />

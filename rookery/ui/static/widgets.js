@@ -96,9 +96,12 @@ export async function copyText(text) {
   toast(t("Copied."));
 }
 
+/** A command line breaks before a flag, never inside one. */
+const unbroken = (text) => (text.startsWith("rookery ") ? text.split(/ (?=--)/).map((part, at) => html`${at ? " " : ""}<span>${part}</span>`) : text);
+
 export const Code = ({ text, label }) => html`
   <div class="code">
-    <pre tabindex="0" aria-label=${label}>${text}</pre>
+    <pre tabindex="0" aria-label=${label}>${unbroken(text)}</pre>
     <button class="icon-button" onClick=${() => copyText(text)} title=${t("Copy")} aria-label=${t("Copy")}><${Icon} name="copy" /></button>
   </div>`;
 

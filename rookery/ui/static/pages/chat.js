@@ -46,7 +46,7 @@ export function Chat({ model, adapter, state }) {
           </div>`)}
           <${SwitchField} label=${t("Compare two side by side")} value=${compare.value} onInput=${(on) => { compare.value = on; turns.value = []; }} />
         </${Card}>
-        <details class="card" open>
+        <details class="card" open=${innerWidth > 980}>
           <summary><h2>${t("Answers")}</h2></summary>
           <div class="fields two">
             <${TextField} label=${t("Temperature")} number value=${sampling.value.temperature} onInput=${put("temperature")} />

@@ -70,7 +70,10 @@ function Compare({ paths }) {
       ]);
       setFound((before) => ({ ...before, [path]: { metrics, config: config.values } }));
     };
-    const wait = setTimeout(() => paths.forEach((path) => read(path).catch(complain)), Object.keys(found).length ? 1500 : 0);
+    const fresh = paths.filter((path) => !found[path]);
+    fresh.forEach((path) => read(path).catch(complain));
+    if (fresh.length) return undefined;
+    const wait = setTimeout(() => paths.forEach((path) => read(path).catch(complain)), 1500);
     return () => clearTimeout(wait);
   }, [paths.join(), progress]);
   const ready = paths.filter((path) => found[path]);
