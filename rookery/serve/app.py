@@ -219,6 +219,8 @@ async def _framed(events: AsyncIterator[str]) -> AsyncIterator[str]:
     try:
         async for event in events:
             yield f"data: {event}\n\n"
+            # Where several pieces wait already, nothing else would let the loop notice that the client is gone.
+            await asyncio.sleep(0)
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield f"data: {json.dumps(error.body())}\n\n"
