@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rookery.data import BinIdxWriter, magic_prime
-from rookery.formats import read_weights, write_pth
+from rookery.formats import read_adapter, read_weights, write_pth
 from rookery.models import ModelShape, create, initialise
 from rookery.tokenizer import World
 
@@ -103,19 +103,24 @@ FINETUNE = PEFT.replace("RATES", "--lr_init 6e-4 --lr_final 6e-5 --warmup_steps 
 
 _SLOW = PEFT.replace("RATES", "--lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0")
 
-NOT_YET = {
-    # scripts/run_lora.sh, run_pissa.sh, run_disha.sh, run_bone.sh, run_lora_fp8.sh, run_sft.sh, demo/infctx.sh
+ADAPTERS = {
+    # scripts/run_lora.sh, run_pissa.sh, run_disha.sh, run_bone.sh, run_lora_fp8.sh, and the newer script of miss
     "lora": """--dataload pad --loss_mask pad --peft lora
         --lora_config '{"lora_load":"","lora_r":32,"lora_alpha":32,"lora_dropout":0.0}' --wandb peft-loss""",
     "pissa": """--dataload pad --loss_mask pad --peft pissa
         --pissa_config '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":4}' --wandb peft-loss""",
     "disha": """--dataload pad --loss_mask pad --peft disha --disha_config '{"mode":"bone","load":"","r":64}'""",
     "bone": """--dataload pad --loss_mask pad --peft bone --bone_config '{"bone_load":"","bone_r":64}'""",
+    "fp8": """--dataload pad --peft lora --train_parts [] --quant "fp8"
+        --lora_config '{"lora_load":"","lora_r":32,"lora_alpha":32,"lora_dropout":0.0}'""",
     "miss": """--dataload pad --peft miss --peft_config '{"r":64}' --merge 1 --op cuda""",
-    "fp8": """--train_parts [] --quant "fp8" """,
-    "sft": """--data_shuffle 0 --data_type sft --sft_field query response --sft_split "train[:1000]" """,
-    "infctx": """--train_type infctx --chunk_ctx 512 --dataload pad --fla""",
 }
+
+SFT = """--data_shuffle 0 --data_type sft --sft_field query response --sft_split "train[:1000]" """
+"""scripts/run_sft.sh, which trains all weights."""
+
+INFCTX = """--train_type infctx --chunk_ctx CHUNK --dataload pad --fla"""
+"""demo/infctx.sh."""
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +192,19 @@ def test_finetuning_without_a_model(script, tmp_path) -> None:
     assert len(rows(tmp_path / "out")) == 4
 
 
-@pytest.mark.parametrize("version", ["x060", "x070"])
-def test_state_tuning(script, tmp_path, version: str) -> None:
+def write_base(file: Path, version: str) -> Path:
+    """A model that passes something on: layers of an untrained one add nothing, so that little could learn in them."""
     ranks = {"mix": 32, "decay": 64} if version == "x060" else dict.fromkeys("wavg", 32)
     model = create(ModelShape(version, 2, 64, 65536, 64, 64, 224 if version == "x060" else 256, ranks))
     initialise(model, 0)
-    base = tmp_path / "base.pth"
-    # Layers of an untrained model add nothing, so that their state would learn nothing.
     grown = {k: torch.randn_like(t) * 0.05 if ".output." in k else t for k, t in model.state_dict().items()}
-    write_pth(base, {k: t.bfloat16() for k, t in grown.items()})
-    result = script(STATE_TUNING, VERSION=version, MODEL=base)
+    write_pth(file, {k: t.bfloat16() for k, t in grown.items()})
+    return file
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_state_tuning(script, tmp_path, version: str) -> None:
+    result = script(STATE_TUNING, VERSION=version, MODEL=write_base(tmp_path / "base.pth", version))
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"):
         states = read_weights(tmp_path / "out" / name)
@@ -206,10 +214,45 @@ def test_state_tuning(script, tmp_path, version: str) -> None:
     assert len(rows(tmp_path / "out")) == 4
 
 
-@pytest.mark.parametrize("method", NOT_YET)
-def test_methods_of_later_versions_are_refused_by_name(script, tmp_path, method: str) -> None:
-    result = script(_SLOW + NOT_YET[method], VERSION="x060", MODEL="base.pth")
-    assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()[-1:]) == 1
-    assert {"sft": "jsonl", "fp8": "quantised"}.get(method, "later version") in result.stderr.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_adapters(script, tmp_path, method: str) -> None:
+    base = write_base(tmp_path / "base.pth", "x060")
+    result = script(_SLOW + ADAPTERS[method], VERSION="x060", MODEL=base)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert ("nearest of what Rookery has" in result.stderr) == (method == "fp8")
+    assert len(rows(tmp_path / "out")) == 4
+    initial, final = (read_adapter(tmp_path / "out" / f"adapter-{name}.safetensors") for name in ("init", "final"))
+    assert final.config.method == {"lora": "lora", "fp8": "lora", "pissa": "pissa"}.get(method, "miss")
+    assert final.config.r == (32 if final.config.method in ("lora", "pissa") else 64)
+    trained = [name for name in final.tensors if not torch.equal(final.tensors[name], initial.tensors[name])]
+    assert trained
+    assert (tmp_path / "out" / "rwkv-final.pth").exists() == (method == "miss"), "--merge 1 also writes the whole model"
+    if method == "miss":
+        merged, before = read_weights(tmp_path / "out" / "rwkv-final.pth"), read_weights(base)
+        changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+        assert changed <= {name.replace(".disha", ".weight") for name in trained}
+        assert changed
+
+
+def test_sft(script, tmp_path) -> None:
+    file = tmp_path / "sums.jsonl"
+    lines = [json.dumps({"query": f"{i} + 1 = ?", "response": str(i + 1)}) for i in range(40)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    script_of_sft = _SLOW.replace("--data_type binidx", "") + SFT
+    base = write_base(tmp_path / "base.pth", "x070")
+    result = script(script_of_sft, VERSION="x070", MODEL=base, DATA=file, CTX=64)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "become conversations" in result.stderr
+    assert len(rows(tmp_path / "out")) == 4
+    assert read_weights(tmp_path / "out" / "rwkv-final.pth").keys() == read_weights(base).keys()
+
+
+def test_infinite_context(script, tmp_path) -> None:
+    base = write_base(tmp_path / "base.pth", "x070")
+    whole = script(_SLOW + "--dataload pad", VERSION="x070", MODEL=base, PROJ=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    result = script(_SLOW + INFCTX, VERSION="x070", MODEL=base, CHUNK=6)
+    assert result.returncode == 0, result.stdout + result.stderr
+    first = rows(tmp_path / "out")[0]["loss"]
+    assert first == pytest.approx(rows(tmp_path / "whole")[0]["loss"], abs=2e-2), "bf16 rounds in other places"
+    assert len(rows(tmp_path / "out")) == 4
