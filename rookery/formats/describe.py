@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from rookery.errors import UserError
-from rookery.formats import adapter_peft
+from rookery.formats import adapter_peft, hf
 from rookery.formats.adapter import adapter_files, read_own
 from rookery.formats.load import shape_of, sources_of
 from rookery.formats.weights import read_weights, weight_file
@@ -51,7 +51,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if adapter_peft.is_peft(path):
         return _describe_weights(path, adapter_peft.read_tensors(path))
-    if path.is_dir():
+    if path.is_dir() and not hf.is_directory(path):
         return _describe_run(path)
     if path.suffix in (".bin", ".idx") or (not path.exists() and Path(f"{path}.idx").exists()):
         return _describe_data(path)

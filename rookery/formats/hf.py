@@ -80,6 +80,11 @@ def place(name: str, shape: Sequence[int]) -> Place | None:
     return Place(f"model.layers.{layer}.{new}", tuple(shape) if keeps else (shape[-1],))
 
 
+def is_directory(path: Path) -> bool:
+    """Whether a directory holds a model in this layout."""
+    return any((path / name).exists() for name in (WEIGHTS, INDEX))
+
+
 def is_hf(names: Mapping[str, object]) -> bool:
     """Whether these are the tensors of an RWKV-7 model in this layout."""
     return any(".attn.w_lora.lora.0.weight" in name for name in names)

@@ -9,6 +9,7 @@ import torch
 
 from rookery.cli import run
 from rookery.formats import read_weights, write_pth
+from rookery.formats.describe import describe
 from rookery.infer import open_model
 from rookery.models import ModelShape, create, initialise
 from rookery.tokenizer import Character, World, save_beside
@@ -42,6 +43,8 @@ def test_the_ending_says_the_format(out: str, model: Path, tmp_path: Path, capsy
 
 def test_a_directory_for_hugging_face_is_a_model_to_talk_to(model: Path, tmp_path: Path) -> None:
     assert convert(model, "-o", tmp_path / "hf") == 0
+    facts = describe(tmp_path / "hf")
+    assert (facts["kind"], facts["version"], facts["tensors"]) == ("model", "x070", len(read_weights(model)))
     loaded, vocabulary = open_model(tmp_path / "hf", device="cpu")
     assert loaded.shape.n_layer == 2
     assert vocabulary.encode("User: 你好") == VOCABULARY.encode("User: 你好")
