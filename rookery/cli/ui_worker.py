@@ -80,12 +80,12 @@ def describe(paths: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def preview(data: dict[str, Any], rows: int) -> dict[str, Any]:
-    """What training would make of data: `data` are settings of the section of that name."""
-    from rookery.config.tree import DataSection
+def preview(words: list[str], rows: int) -> dict[str, Any]:
+    """What training would make of the data that these flags name."""
+    from rookery.config import parse
     from rookery.data.preview import preview as look
 
-    return asdict(look(DataSection(**data), rows=rows))
+    return asdict(look(parse(words).config.data, rows=rows))
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {"check": check, "describe": describe, "preview": preview}

@@ -8,24 +8,20 @@ from typing import Any
 
 from rookery.errors import UserError
 from rookery.i18n import _
+from rookery.ui import form
 from rookery.ui.console import Console
 
 PREVIEW_ROWS = 8
 
 
-def preview(console: Console, path: str, data_format: str, mask: str, template: str) -> dict[str, Any]:
-    """What training would make of a file: `rookery.data.preview` of it.
+def preview(console: Console, path: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """What training would make of a file with these settings: `rookery.data.preview` of it.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or a setting is not valid.
     """
-    data = {
-        "data_file": str(console.places.allowed(path)),
-        "data_format": data_format,
-        "loss_mask": mask,
-        "template": template,
-    }
-    reply = console.worker.ask("preview", data=data, rows=PREVIEW_ROWS)
+    words = form.words({"data_file": str(console.places.allowed(path)), **options})
+    reply = console.worker.ask("preview", words=words, rows=PREVIEW_ROWS)
     if "error" in reply:
         raise UserError(reply["error"])
     return dict(reply["result"])

@@ -168,8 +168,11 @@ def _file_routes(app: FastAPI, console: Console) -> None:
         return console.models()
 
     @app.get("/api/data/preview")
-    def preview(path: str, format: str = "auto", mask: str = "auto", template: str = "world") -> dict[str, Any]:
-        return actions.preview(console, path, format, mask, template)
+    def preview(
+        path: str, format: str = "auto", mask: str = "auto", template: str = "world", ctx_len: str = "1024"
+    ) -> dict[str, Any]:
+        options = {"data_format": format, "loss_mask": mask, "template": template, "ctx_len": ctx_len}
+        return actions.preview(console, path, options)
 
     @app.post("/api/data/make")
     def make(values: Values) -> dict[str, Any]:

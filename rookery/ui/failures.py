@@ -61,7 +61,7 @@ FAILURES = (
             "cannot save a checkpoint in {folder}: {reason}. Earlier checkpoints are untouched; make room and run the "
             "same command again.",
         ),
-        patterns=(r"No space left on device", r"\[Errno 28\]", r"\[Errno 122\]", r"Disk quota exceeded"),
+        patterns=(r"No space left on device", r"\[Errno (27|28|122)\]", r"Disk quota exceeded"),
     ),
     Failure(
         "RK101",

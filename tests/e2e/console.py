@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ def _read(content: bytes) -> Any:
 
 
 @contextmanager
-def running_console(folder: Path, *options: str) -> Iterator[ConsoleProcess]:
-    """`rookery ui` in `folder`, on a free port, with settings of its own."""
+def running_console(folder: Path, *options: str, before: Callable[[], None] | None = None) -> Iterator[ConsoleProcess]:
+    """`rookery ui` in `folder`, on a free port, with settings of its own; `before` is called in the new process."""
     words = ["ui", "--no-open", "--port", "0", "--settings", str(folder.parent / f"{folder.name}-settings.json")]
     process = subprocess.Popen(
         [*COMMAND, "--lang", "en", *words, *options],
@@ -72,6 +72,7 @@ def running_console(folder: Path, *options: str) -> Iterator[ConsoleProcess]:
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         env=environment() | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=before,
     )
     assert process.stdout is not None
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +218,26 @@ def test_a_killed_run_is_found_killed_and_can_be_resumed(page, console, workspac
     dialog.get_by_role("button", name="Delete").click()
     page.get_by_text("killed was deleted.").wait_for()
     assert not run.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on the size of files are POSIX")
+def test_a_full_disk_is_told_and_what_to_do(page, workspace) -> None:
+    """A quota of 4 MB, which the console's processes inherit: the first weights of a run are larger."""
+
+    def limit() -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, 4 << 20))
+
+    with running_console(workspace, before=limit) as console:
+        values = {"data_file": "texts", "load_model": "models/tiny.pth", "peft": "none", "proj_dir": "out/full"}
+        values |= {"ctx_len": "32", "micro_bsz": "1", "epoch_steps": "5", "epoch_count": "1"}
+        assert console.ask("api/train/start", values)[0] == 200
+        page.goto(console.address + f"#/run?run={workspace / 'out' / 'full'}")
+        page.locator(".phase", has_text="failed").wait_for()
+        problem = page.get_by_role("alert")
+        problem.get_by_text("RK303").wait_for()
+        assert "Make room and press Resume" in problem.inner_text()
 
 
 def test_a_port_that_is_taken_is_told(page) -> None:

@@ -114,7 +114,7 @@ def test_values_of_a_config_come_back_as_their_text() -> None:
     config = parse(["--lr_init", "6e-4", "--lora_alpha", "192", "--rslora", "--mix", "a:0.1", "b:0.2"]).config
     texts = {leaf: form.as_text(get(config, leaf)) for leaf in SECTION_OF}
     assert (texts["lr_init"], texts["lora_alpha"], texts["rslora"], texts["mix"]) == (
-        "0.0006",
+        "6e-4",
         "192",
         "1",
         "a:0.1 b:0.2",

@@ -5,8 +5,8 @@ import { api, complain, count, go, html, jobs, kept, query, t, toast } from "../
 import { Card, Empty, Job, PathField, Problem, SelectField, SwitchField, TextField } from "../widgets.js";
 import { change } from "./train.js";
 
-const form = kept("data", { path: "", format: "auto", mask: "auto", template: "world" });
-const make = kept("make", { epochs: "1", ctx_len: "1024", tokenizer: "world", shuffle: true, skip: false, output: "" });
+const form = kept("data", { path: "", format: "auto", mask: "auto", template: "world", ctx_len: "1024" });
+const make = kept("make", { epochs: "1", tokenizer: "world", shuffle: true, skip: false, output: "" });
 const found = signal({ state: "idle" });
 const putForm = (name) => (value) => { form.value = { ...form.value, [name]: value }; };
 const putMake = (name) => (value) => { make.value = { ...make.value, [name]: value }; };
@@ -30,6 +30,7 @@ export function Data({ path }) {
             <${SelectField} label=${t("Rows are")} value=${form.value.format} onInput=${putForm("format")} options=${[["auto", t("detected")], ...["text", "messages", "sharegpt", "alpaca", "prompt"].map((one) => [one, one])]} />
             <${SelectField} label=${t("Loss mask")} value=${form.value.mask} onInput=${putForm("mask")} options=${[["auto", t("automatic")], ...["none", "answer", "qa"].map((one) => [one, one])]} />
             <${SelectField} label=${t("Template")} value=${form.value.template} onInput=${putForm("template")} options=${[["world", "world"], ["g1", "g1"]]} />
+            <${TextField} label=${t("Context length")} number value=${form.value.ctx_len} onInput=${putForm("ctx_len")} />
             <div class="field wide"><button class="button" type="submit" disabled=${!form.value.path.trim() || facts.state === "asking"}>${facts.state === "asking" ? t("Reading…") : t("Preview")}</button></div>
           </form>
         </${Card}>
@@ -38,7 +39,6 @@ export function Data({ path }) {
           <form class="fields two" onSubmit=${(e) => { e.preventDefault(); convert(); }}>
             <${SelectField} label=${t("Vocabulary")} value=${make.value.tokenizer} onInput=${putMake("tokenizer")} options=${[["world", "World"], ["char", t("characters of the data")], ["compact", t("compact: bytes, marks and characters")]]} />
             <${TextField} label=${t("Copies of each document")} number value=${make.value.epochs} onInput=${putMake("epochs")} />
-            <${TextField} label=${t("Context length")} number value=${make.value.ctx_len} onInput=${putMake("ctx_len")} help=${t("for the magic prime")} />
             <${TextField} label=${t("Write to")} value=${make.value.output} onInput=${putMake("output")} placeholder=${t("beside the source")} />
             <${SwitchField} label=${t("Shuffle documents")} value=${make.value.shuffle} onInput=${putMake("shuffle")} />
             <${SwitchField} label=${t("Leave out bad lines")} value=${make.value.skip} onInput=${putMake("skip")} />
@@ -63,10 +63,10 @@ function adoptData(path) {
 }
 
 async function look() {
-  const { path, format, mask, template } = form.value;
+  const { path, format, mask, template, ctx_len } = form.value;
   found.value = { state: "asking", path };
   try {
-    found.value = { state: "known", path, data: await api(`data/preview?${query({ path, format, mask, template })}`) };
+    found.value = { state: "known", path, data: await api(`data/preview?${query({ path, format, mask, template, ctx_len })}`) };
   } catch (error) {
     found.value = { state: "failed", path, error: error.message, failure: error.failure };
   }
@@ -74,7 +74,7 @@ async function look() {
 
 async function convert() {
   try {
-    await api("data/make", { ...make.value, source: form.value.path });
+    await api("data/make", { ...make.value, source: form.value.path, ctx_len: form.value.ctx_len });
     toast(t("Converting."));
   } catch (error) {
     complain(error);
