@@ -108,7 +108,7 @@ class Conversation:
             self.generation.cancel()
 
     def _answer(self, turns: list[chat.Message], generation: Generation) -> Iterator[str]:
-        read = len(generation.unread) - len(self.unread)
+        read = generation.read - len(self.unread)
         before = (list(self.messages), self.state, list(self.unread), self.tokens)
         shown = "" if self.template.plain else chat.answer_begin(self.thinking).lstrip()
         trimmed = not shown and not self.template.plain
@@ -127,6 +127,13 @@ class Conversation:
             self.state, self.unread = generation.state, generation.unread
             self.tokens += read + len(generation.sequence.tokens)
             self.messages += [*turns, chat.Message("assistant", shown.strip())]
+
+    def warm_up(self) -> None:
+        """Have everything compiled that an answer needs; may run in another thread."""
+        with torch.inference_mode():
+            slots = self._form.slots(1)
+            self._form.head(self._form.read(slots, 0, [0, 0])[-1:])
+            self._form.step(slots, [0], [0])
 
     def save(self, path: str | Path) -> None:
         """Write the conversation to a file: the text alone (.txt, .md), else everything needed to go on (safetensors).

@@ -85,7 +85,7 @@ class Matrix:
         """x (T, in) times the weight's transpose, in the dtype of `x`."""
         if len(x) == 1:
             # One row alone is summed in another order than each of two or more, whatever their number.
-            return self.product(x.expand(2, -1))[:1]
+            return self.product(x.repeat(2, 1))[:1]
         y = _linear(x, self.data.to(x.dtype))
         return y if self.scales is None else y.mul_(self.scales)
 

@@ -30,9 +30,11 @@ class Form(Protocol):
 
     Attributes:
         name: for reports.
+        model: the module it was made of.
     """
 
     name: str
+    model: Model
 
     def again(self) -> Form | None:
         """The model as it is now, in this form, independent of what becomes of its adapters; None if this form keeps

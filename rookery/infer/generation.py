@@ -48,6 +48,7 @@ class Generation:
 
     Attributes:
         sequence: the answer so far, its tokens and why it ended.
+        read: tokens of the prompt.
         unread: tokens of the text that are not in `state` yet.
         prompt_seconds, answer_seconds: time spent on the prompt and the first token, and on the tokens after it.
     """
@@ -63,6 +64,7 @@ class Generation:
         if not prompt_ids:
             raise ValueError("the prompt has no tokens")
         self.sequence = Sequence(tokenizer, sampling)
+        self.read = len(prompt_ids)
         self.unread = list(prompt_ids)
         self.prompt_seconds = self.answer_seconds = 0.0
         self._form = form

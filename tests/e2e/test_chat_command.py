@@ -16,8 +16,10 @@ from command import COMMAND, environment
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rookery import formats
+from rookery.adapters import AdapterConfig, adapter_tensors, attach
 from rookery.errors import UserError
-from rookery.formats import read_weights
+from rookery.formats import read_weights, write_adapter, write_pth
 from rookery.infer import Conversation, Sampling, form_of, open_model, read
 from rookery.models import ModelShape, create, initialise
 
@@ -76,6 +78,31 @@ class Person:
         return self.process.wait(30)
 
 
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory) -> Path:
+    """A model of the World vocabulary with random weights, a tuned state for it and an adapter."""
+    folder = tmp_path_factory.mktemp("babbler")
+    shape = ModelShape("x070", 2, 32, 65536, 16, 32, 128, dict.fromkeys("wavg", 16))
+    model = create(shape)
+    initialise(model, 1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "ln" not in name:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    write_pth(folder / "model.pth", model.state_dict())
+    states = {f"blocks.{i}.att.time_state": torch.randn(2, 16, 16, generator=generator) for i in range(2)}
+    write_pth(folder / "state.pth", states)
+    base = formats.Base.of(model.state_dict(), folder / "model.pth")
+    attach(model, AdapterConfig("lora", r=4, alpha=8))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5, generator=generator)
+    write_adapter(folder / "adapter.safetensors", adapter_tensors(model), AdapterConfig("lora", r=4, alpha=8), base)
+    return folder
+
+
 def test_a_pipe_gets_one_answer_a_line(rookery, talker) -> None:
     done = rookery("chat", talker, "--max_tokens", 12, text="1+2=?\n\n三+四=?\n你好")
     assert done.returncode == 0, done.stderr
@@ -113,6 +140,9 @@ def test_options_change_the_answer_as_they_say(rookery, talker) -> None:
     [
         (["absent"], "", "absent does not exist"),
         (["{talker}", "--top-p", "3"], "1", "top_p is 3.0"),
+        (["{talker}", "--think", "hard"], "1", "--think hard: expected one of none, quick"),
+        (["{talker}", "--dtype", "int3"], "1", "int3 is none of auto, fp32"),
+        (["{talker}", "--load", "absent"], "1", "Cannot read the conversation absent"),
         (["{talker}", "--tokenizer", "world"], "1", "belongs to another model"),
         (["{lonely}"], "1", "--tokenizer FILE"),
         (["{talker}"], "1\nwhat\n", "Line 2: the character 'w'"),
@@ -124,6 +154,35 @@ def test_bad_input_is_one_message(rookery, talker, tmp_path, args, text, message
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_is_mounted_changes_the_answer(rookery, babbler) -> None:
+    def answer(*options: object) -> str:
+        done = rookery("chat", babbler / "model.pth", "--greedy", "--max-tokens", 8, *options, text="Hello\n")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    mounted = [["--state", babbler / "state.pth"], ["--adapter", babbler / "adapter.safetensors"]]
+    plain = answer()
+    answers = {plain, *(answer(*options) for options in mounted), answer(*mounted[0], *mounted[1])}
+    assert len(answers) == 4
+    beginning = plain.strip()[:6]
+    assert answer("--stop", beginning[2:4]).strip() == beginning[:2]
+    assert answer("--template", "qa") != plain
+
+
+def test_a_g1_model_thinks_as_told(rookery, babbler) -> None:
+    for mode, beginning in (("think", "<think"), ("quick", "<think>\n</think")):
+        done = rookery("chat", babbler / "model.pth", "--think", mode, "--max-tokens", 4, text="Hi\n")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(beginning)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_smaller_weights_and_figures(rookery, babbler, dtype) -> None:
+    done = rookery("chat", babbler / "model.pth", "--dtype", dtype, "--max-tokens", 5, "--stats", text="Hi\nHo\n")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"\d+ tokens read in [\d.]+ s, \d+ a second; 5 generated, [\d.]+ a second", done.stderr)) == 2
 
 
 @posix
@@ -158,7 +217,20 @@ def test_a_conversation_in_a_terminal(talker, tmp_path) -> None:
     person.type("/sate\n")
     person.wait_for("no command /sate.*Did you mean /s[ta]")
     person.type("/help\n")
-    for command in ("/reset", "/save", "/load", "/state", "/help", "/exit"):
+    for command in (
+        "/reset",
+        "/again",
+        "/history",
+        "/save",
+        "/load",
+        "/system",
+        "/think",
+        "/set",
+        "/speed",
+        "/state",
+        "/help",
+        "/exit",
+    ):
         person.wait_for(command)
     person.type("what?\n")
     person.wait_for("character 'w'.*User: ")
@@ -173,6 +245,49 @@ def test_a_conversation_in_a_terminal(talker, tmp_path) -> None:
     with safe_open(tmp_path / "kept", "pt") as file:
         assert set(file.keys()) == {"att_shift", "wkv", "ffn_shift"}
     assert sorted(f.name for f in tmp_path.iterdir()) == ["kept", "said.txt"]
+
+
+@posix
+def test_messages_of_several_lines_settings_and_another_answer(babbler, tmp_path) -> None:
+    person = Person("chat", babbler / "model.pth", "--greedy", "--max-tokens", 4, "--stats", cwd=tmp_path)
+    person.wait_for("User: ")
+    person.type('"""one\ntwo\n"""\n')
+    first = person.wait_for(r"\nAssistant: (.*?)\n\d+ tokens read.*?User: ")[1]
+    person.type("/again\n")
+    assert person.wait_for(r"\nAssistant: (.*?)\n\d+ tokens read.*?User: ")[1] == first
+    person.type("/set temperature 9\n")
+    person.type("/set seed 1\n")
+    person.type("/set\n")
+    person.wait_for(r"temperature +9\.0.*seed +1.*User: ")
+    person.type("/again\n")
+    assert person.wait_for(r"\nAssistant: (.*?)\n\d+ tokens read.*?User: ")[1] != first
+    person.type("three\\\nfour\n")
+    person.wait_for(r"4 generated.*User: ")
+    person.type("/history\n")
+    person.wait_for(r"User: one\ntwo\n\nAssistant: .*User: three\nfour\n\nAssistant: .*User: ")
+    person.type("/set top_p lots\n")
+    person.wait_for("top_p needs a number, not 'lots'.*User: ")
+    person.type("/set colour 1\n")
+    person.wait_for("/set colour: expected one of temperature.*User: ")
+    person.type("/save kept\n")
+    person.wait_for("Saved in kept.*User: ")
+    person.type("/system Be brief.\n")
+    person.wait_for("begins anew.*User: ")
+    person.type("/think quick\n")
+    person.wait_for("User: ")
+    person.type("Hi\n")
+    person.wait_for("\x1b\\[2m<think>\n</think.*User: ")
+    person.type("/history\n")
+    person.wait_for(r"System: Be brief.\n\nUser: Hi\n\nAssistant: <think>")
+    person.type("/exit\n")
+    assert person.leaves() == 0
+
+    person = Person("chat", babbler / "model.pth", "--load", "kept", cwd=tmp_path)
+    person.wait_for("User: ")
+    person.type("/history\n")
+    person.wait_for(r"User: one\ntwo\n\nAssistant: .*User: three\nfour")
+    person.type(person.CTRL_D)
+    assert person.leaves() == 0
 
 
 @posix
