@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import rookery
 from rookery.adapters import AdapterConfig, adapter_tensors, attach, attached
@@ -33,8 +34,13 @@ def checkpoint(version: str) -> Path:
     return GOLDEN / f"{version}_ckpt.safetensors"
 
 
+def noise(like: Tensor) -> Tensor:
+    """The same whenever the shape is the same."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(like.numel()))
+
+
 @torch.no_grad()
-def logits(model: Model) -> torch.Tensor:
+def logits(model: Model) -> Tensor:
     return model(torch.arange(20)[None])[0]
 
 
@@ -44,7 +50,7 @@ def trained(version: str, config: AdapterConfig) -> Model:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
+                parameter.add_(0.02 * noise(parameter))
     return model
 
 
@@ -219,7 +225,7 @@ class TestRunDirectories:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(0.02 * torch.randn_like(parameter))
+                    parameter.add_(0.02 * noise(parameter))
         folder = run / "checkpoints" / "step-00000007"
         folder.mkdir(parents=True)
         masters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -31,6 +31,11 @@ BASE = GOLDEN / "x070_ckpt.safetensors"
 TOKENS = torch.arange(20)[None]
 
 
+def noise(like: Tensor) -> Tensor:
+    """The same whenever the shape is the same."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(like.numel()))
+
+
 @torch.no_grad()
 def logits(model: Model) -> Tensor:
     return model.eval()(TOKENS)[0]
@@ -42,7 +47,7 @@ def trained(config: AdapterConfig, base: Path = BASE) -> tuple[Model, dict[str, 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
+                parameter.add_(0.02 * noise(parameter))
     return model, {name: tensor.contiguous().clone() for name, tensor in adapter_tensors(model).items()}
 
 
@@ -204,7 +209,7 @@ def written_by_them(kind: str, folder: Path) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.02 * torch.randn_like(parameter))
+                parameter.add_(0.02 * noise(parameter))
     if kind == "pissa":
         wrapped.peft_config["default"].init_lora_weights = "pissa"
         wrapped.save_pretrained(folder / "as_lora", path_initial_model_for_weight_conversion=str(folder / "init"))
