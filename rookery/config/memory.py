@@ -1,7 +1,8 @@
 """How much memory a training takes, from numbers alone: before anything is loaded, and without torch.
 
-What a step needs at most is the largest of three moments: the end of the forward pass, when everything is kept that the
-backward pass will read; the head's own backward pass; and the end of the backward pass, when all gradients exist.
+What a step needs at most is that of its worst moment: in the head, when everything is kept that the backward pass will
+read; in the last block's backward pass; in the first block's, when nearly all gradients exist; or after it, when they
+are gathered.
 
 Weights, gradients and optimiser are counted as `rookery.train.strategies.single` allocates them. What a block keeps
 for each token was counted on the real models by watching every tensor's memory (`tests/train/test_memory.py` repeats
@@ -214,29 +215,32 @@ class Estimate:
     gradients: int
     """At the end of the backward pass."""
     activations: int
-    """What is kept for the backward pass, and what that needs beside it."""
-    head: int
-    """Logits of a chunk, and the gradient of the head where it trains."""
+    """What is kept for the backward pass, and what that or the head needs beside it."""
     overhead: int
     total: int
-    """The most at one time: gradients, activations and head are not at their largest together."""
+    """The most at one time: gradients and activations are not at their largest together."""
 
 
 def estimate(plan: Plan) -> Estimate:
     """The memory that `plan` takes."""
     parameters, size, half = Parameters.of(plan), plan.element, plan.element == 2
-    kept, passing, head = _kept(plan), _passing(plan), _head(plan)
+    kept, head = _after_forward(plan), _head(plan)
+    passing = plan.tokens * size * ((8 if plan.trained == "all" else 4) * plan.n_embd + 2 * plan.dim_ffn)
+    in_first_block = _block(plan) + passing + size * parameters.trained
+    in_last_block = kept + passing + (_block(plan) if plan.grad_cp else 0)
+    if plan.trains("head"):
+        in_last_block += size * plan.vocab_size * plan.n_embd
+    activations = max(kept + head, in_last_block)
     # Gradients of a half-precision model are gathered in fp32 after each backward pass.
     gradients = 4 * parameters.trained
     several = plan.accumulate_grad_batches > 1 or 0 < plan.chunk_ctx < plan.ctx_len
-    head_gradient = size * plan.vocab_size * plan.n_embd if plan.trains("head") else 0
-    during = kept + max(head, passing + head_gradient) + (gradients if several else 0)
+    during = max(activations, in_first_block) + (gradients if several else 0)
     after = gradients + (size * parameters.trained if several and half else 0)
     weights = _weights(plan, parameters)
     optimiser = (12 if half else 8) * parameters.trained
     overhead = CUDA_OVERHEAD if plan.accelerator == "cuda" else 0
     total = weights + optimiser + max(during, after) + overhead
-    return Estimate(weights, optimiser, gradients, kept + passing, head, overhead, total)
+    return Estimate(weights, optimiser, gradients, activations, overhead, total)
 
 
 def _weights(plan: Plan, parameters: Parameters) -> int:
@@ -249,24 +253,26 @@ def _weights(plan: Plan, parameters: Parameters) -> int:
     return int(parameters.matrices * bits / 8) + size * (parameters.others + parameters.added) + initial
 
 
-def _kept(plan: Plan) -> int:
-    """What the backward pass will read."""
+def _after_forward(plan: Plan) -> int:
+    """What the forward pass leaves for the backward pass."""
     size, C = plan.element, plan.n_embd
-    block = _kept_by_block(plan)
     # The embedding's and the head's side of the blocks.
-    streams = 2 * size * C
+    streams = 2
     if plan.grad_cp:
         # Each block's input, and the first values, which all blocks of x070 share.
-        streams += size * C * (plan.n_layer + (plan.version == "x070"))
-        blocks = plan.tokens * block
-    else:
-        blocks = plan.n_layer * plan.tokens * block
-    if plan.peft == "pissa":
-        factors = sum(rows + columns for rows, columns in plan.targets()) * 2 * plan.lora_r * size
-        blocks += factors * (1 if plan.grad_cp else plan.n_layer)
+        streams += plan.n_layer + (plan.version == "x070")
     states = 2 + (plan.ctx_len // plan.chunk_ctx if plan.chunk_ctx and plan.infctx_grad == "full" else 0)
     state = 4 * plan.n_layer * plan.micro_bsz * plan.dim_att * plan.head_size
-    return int(plan.tokens * streams + blocks + states * state)
+    blocks = 0 if plan.grad_cp else plan.n_layer * _block(plan)
+    return plan.tokens * size * C * streams + states * state + blocks
+
+
+def _block(plan: Plan) -> int:
+    """What one block keeps."""
+    kept = plan.tokens * _kept_by_block(plan)
+    if plan.peft == "pissa":
+        kept += 2 * plan.lora_r * plan.element * sum(rows + columns for rows, columns in plan.targets())
+    return int(kept)
 
 
 def _kept_by_block(plan: Plan) -> float:
@@ -309,12 +315,8 @@ def _of_head_size(plan: Plan, path: str) -> float:
     return 0.0
 
 
-def _passing(plan: Plan) -> int:
-    """Gradients between the operations of a block, while they are needed."""
-    return plan.tokens * plan.element * (8 * plan.n_embd + 2 * plan.dim_ffn)
-
-
 def _head(plan: Plan) -> int:
+    """Logits of a chunk, and the gradient of the head where it trains."""
     half, V = plan.element == 2, plan.vocab_size
     rows = min(plan.tokens, plan.head_chunk or max(1, HEAD_CHUNK_BYTES // (4 * V)))
     logits = rows * V * (12 if half else 8)
@@ -419,11 +421,11 @@ def _as_flags(change: Mapping[str, Any]) -> str:
 def summary(need: Estimate, free: int | None) -> str:
     """One line for people."""
     parts = {
-        "weights": _gib(need.weights),
-        "optimiser": _gib(need.optimiser),
-        "gradients": _gib(need.gradients),
-        "activations": _gib(need.activations + need.head),
-        "total": _gib(need.total),
+        "weights": gib(need.weights),
+        "optimiser": gib(need.optimiser),
+        "gradients": gib(need.gradients),
+        "activations": gib(need.activations),
+        "total": gib(need.total),
     }
     if free is None:
         return _(
@@ -435,7 +437,7 @@ def summary(need: Estimate, free: int | None) -> str:
         "memory (estimate): weights {weights}, optimiser {optimiser}, gradients {gradients}, activations "
         "{activations}; at most {total} at one time, of {free} free",
         **parts,
-        free=_gib(free),
+        free=gib(free),
     )
 
 
@@ -444,9 +446,10 @@ def advice(plan: Plan, free: int) -> str:
     found = remedies(plan, free)
     if not found:
         return _("It needs a device with more memory, or a smaller model.")
-    lines = [_("  {flags}: {total}", flags=remedy.flags, total=_gib(remedy.total)) for remedy in found]
+    lines = [_("  {flags}: {total}", flags=remedy.flags, total=gib(remedy.total)) for remedy in found]
     return "\n".join([_("It fits with one of these:"), *lines])
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """A number of bytes for people."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

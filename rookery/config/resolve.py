@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rookery.config import rules
+from rookery.config.memory import Plan, gib, largest_micro_bsz
 from rookery.config.origin import Origin, Origins, origins_of
 from rookery.config.tree import SECTION_OF, TrainConfig, choices, get
 from rookery.errors import UserError
@@ -62,8 +63,8 @@ def resolve(
         data_facts: what the data hold: ``file``, ``data_type``, ``tokenizer``, ``vocab_size``, ``exit_tokens``,
             ``prime`` (0: too little data for the prime rule), ``sampler`` and ``samples`` of one pass. None: nothing is
             trained, and what depends on the data stays open.
-        device_facts: what runs it: ``accelerator`` ("cpu" or "cuda"), ``name``, ``bf16`` (whether it is native). None:
-            the CPU.
+        device_facts: what runs it: ``accelerator`` ("cpu" or "cuda"), ``name``, ``bf16`` (whether it is native),
+            ``free`` (bytes of memory). None: the CPU.
 
     With a checkpoint at `train_stage` 1, a new model is made from it, of the dimensions that are given: it may have
     more token ids, more layers or another width than the file.
@@ -85,6 +86,7 @@ def resolve(
         resolver.adapter(adapter_facts)
     resolver.fine_tuning()
     resolver.optimiser()
+    resolver.batch_that_fits((device_facts or {}).get("free"), data_facts)
     resolver.length(data_facts)
     return Resolved(TrainConfig(**resolver.values), resolver.origins, resolver.notes)
 
@@ -310,6 +312,22 @@ class _Resolver:
         self.fill_open("warmup_steps", rules.WARMUP_STEPS, Origin("rule", _("as the published scripts")), open_value=-1)
         name = "{vocab_size} ctx{ctx_len} L{n_layer} D{n_embd}".format_map(self.values)
         self.fill_open("run_name", name, Origin("rule", "vocab_size ctx_len n_layer n_embd"), open_value="")
+
+    def batch_that_fits(self, free: int | None, data_facts: Mapping[str, Any] | None) -> None:
+        """Decide `micro_bsz` 0."""
+        values = self.values
+        if values["micro_bsz"]:
+            return
+        if free is None:
+            raise UserError(_("micro_bsz 0 (auto) needs a device whose free memory is known: give a number"))
+        whole_epochs = values["epoch_steps"] is None and (data_facts or {}).get("sampler") not in DOCUMENT_SAMPLERS
+        found = largest_micro_bsz(
+            Plan.of(TrainConfig(**values)),
+            free,
+            whole_epochs=whole_epochs,
+            devices=values["devices"] * values["num_nodes"],
+        )
+        self.fill("micro_bsz", max(1, found), Origin("device", _("{free} of memory free", free=gib(free))))
 
     def length(self, data_facts: Mapping[str, Any] | None) -> None:
         """Steps, mini-epochs and tokens of the run."""

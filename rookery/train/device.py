@@ -9,6 +9,8 @@ from typing import Any
 import psutil
 import torch
 
+from rookery.train.memory import free_memory
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
@@ -20,8 +22,13 @@ def device_facts() -> dict[str, Any]:
     """What `rookery.config.resolve` wants to know of this machine."""
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return {"accelerator": "cuda", "name": torch.cuda.get_device_name(), "bf16": bf16}
-    return {"accelerator": "cpu", "name": "CPU", "bf16": False}
+        return {
+            "accelerator": "cuda",
+            "name": torch.cuda.get_device_name(),
+            "bf16": bf16,
+            "free": free_memory("cuda"),
+        }
+    return {"accelerator": "cpu", "name": "CPU", "bf16": False, "free": free_memory("cpu")}
 
 
 def describe(device: torch.device) -> str:

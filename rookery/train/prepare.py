@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rookery.config import Origins, Resolved, TrainConfig, origins_of, resolve, with_custom
+from rookery.config import Origins, Resolved, TrainConfig, origins_of, parse, resolve, with_custom
 from rookery.data import Dataset, open_datasets
 from rookery.formats import weight_file
 from rookery.tokenizer import load_beside
@@ -38,6 +38,10 @@ def prepare_run(
     """
     check_devices(config.device)
     config, origins, notes = with_custom(config, origins_of(config) if origins is None else origins)
+    if not config.run.micro_bsz and files.config_file.exists():
+        # What fitted when the run began decides its samples, whatever is free now.
+        begun = parse([], files.config_file).config.run.micro_bsz
+        config = config.model_copy(update={"run": config.run.model_copy(update={"micro_bsz": begun})})
     start = find_start(config, files, report)
     model_facts = start.model_facts()
     # 0 asks for a character vocabulary, whatever it was found to be in an earlier session.

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rookery.config import Origins, Resolved, TrainConfig, differences, parse, to_toml
+from rookery.config.memory import Plan, advice
 from rookery.config.tree import RunSection
 from rookery.data import Dataset, open_dataset
 from rookery.errors import Interrupted, UserError
@@ -31,6 +32,7 @@ from rookery.train.infctx import chunk_losses
 from rookery.train.interrupt import StopRequest
 from rookery.train.keeper import Keeper, Progress, StoppedEarly
 from rookery.train.loop import Batch, LossFunction, Part, fit
+from rookery.train.memory import check_memory, free_memory
 from rookery.train.monitor import Diverged, Monitor
 from rookery.train.optim import build_optimizer, parameter_groups
 from rookery.train.precision import DTYPES, set_matmul_precision
@@ -137,6 +139,8 @@ def _run(
     config = prepared.resolved.config
     for note in [*dataset.notes, *prepared.resolved.notes]:
         observers.on_message(note)
+    if config.run.train_stage != 1:
+        check_memory(config, observers.on_message)
     if start.checkpoint is not None:
         _refuse_other_configuration(rundir, config)
     replace_text(rundir.config_file, to_toml(config, origins=prepared.resolved.origins))
@@ -318,6 +322,10 @@ def _train(
             accumulate=run.accumulate_grad_batches,
             after_step=[monitor, keeper],
         )
+    except torch.OutOfMemoryError as error:
+        plan = Plan.of(config)
+        reason = _("the device ran out of memory at step {step}.", step=progress.step + 1)
+        raise UserError(f"{reason}\n{advice(plan, free_memory(plan.accelerator))}") from error
     except StoppedEarly:
         reason = _(
             "the validation loss has not become better for {count} validations: stopped at step {steps}; the best is "

@@ -11,6 +11,7 @@ from torch import nn
 from rookery.adapters import AdapterConfig, adapter_tensors, attach, attached, initial_factors
 from rookery.config import TrainConfig
 from rookery.formats import Base, assign, combine, write_adapter, write_pth
+from rookery.formats.merge import merge
 from rookery.models import Model, ModelShape, create, initialise
 from rookery.quant import quantise
 from rookery.train.precision import DTYPES
@@ -126,7 +127,5 @@ class WeightFiles:
         model: Model = self._engine.model  # type: ignore[assignment]
         write_adapter(file, adapter_tensors(model, weights=weights), attached(model)["default"].config, self._base)
         if self._config.adapter.merge and self._base_file is not None:
-            from rookery.formats.merge import merge
-
             merge(self._base_file, file, self._files.weights_file(name))
         return file

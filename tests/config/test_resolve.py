@@ -148,6 +148,19 @@ def test_fine_tuning_has_rates_of_its_own_and_says_so(peft: str, rates: tuple[fl
     assert resolve(parse(["--peft", peft, "--lr_init", "0.5", "--lr_final", "0.5"]).config).notes == []
 
 
+def test_the_largest_batch_that_fits() -> None:
+    def batch(free: int, *flags: str) -> int:
+        words = ["--micro_bsz", "auto", "--n_layer", "12", "--n_embd", "768", *flags]
+        return resolve(parse(words).config, data_facts=DATA, device_facts=GPU | {"free": free}).config.run.micro_bsz
+
+    small, large = batch(8 << 30), batch(24 << 30)
+    assert 1 <= small < large
+    assert 40320 % small == 40320 % large == 0
+    assert batch(24 << 30, "--grad_cp", "1") > large
+    with pytest.raises(UserError, match="give a number"):
+        resolve(parse(["--micro_bsz", "auto"]).config, data_facts=DATA)
+
+
 def test_a_mini_epoch_of_documents_is_one_pass() -> None:
     config = resolve(parse(["--micro_bsz", "8", "--ctx_len", "512"]).config, data_facts=ROWS).config
     assert (config.run.epoch_steps, config.data.my_exit_tokens, config.run.epoch_count) == (13, 300 * 512, 3)
