@@ -132,7 +132,8 @@ def _run_routes(app: FastAPI, console: Console, ended: Callable[[], bool]) -> No
     def config(run: str) -> dict[str, Any]:
         found = console.runs.get(run)
         values = {leaf: form.as_text(value) for leaf, value in found.config().items()}
-        return {"values": values, "method": form.method_of(values)}
+        asked = {leaf: form.as_text(value) for leaf, value in found.request().items()}
+        return {"values": values, "asked": asked, "method": form.method_of(values)}
 
     @app.get("/api/runs/contents")
     def contents(run: str) -> list[dict[str, Any]]:

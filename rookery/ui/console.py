@@ -13,7 +13,7 @@ from rookery.i18n import _, set_language
 from rookery.ui import failures, form, machine, processes
 from rookery.ui.jobs import Jobs
 from rookery.ui.places import MODELS, Places
-from rookery.ui.runs import ACTIVE, OUTPUT, Run, Runs, find_runs, start_training, started_here
+from rookery.ui.runs import ACTIVE, OUTPUT, REQUEST, Run, Runs, find_runs, start_training, started_here
 from rookery.ui.security import is_loopback
 from rookery.ui.servers import Servers
 from rookery.ui.settings import Settings
@@ -128,7 +128,8 @@ class Console:
         self._refuse_used(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.toml").write_text(form.toml(found), encoding="utf-8", newline="\n")
+            for name in ("config.toml", REQUEST):  # the run will replace the first by one with every value
+                (path / name).write_text(form.toml(found), encoding="utf-8", newline="\n")
             (path / OUTPUT).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(_("proj_dir {path} cannot be written: {reason}", path=path, reason=error)) from error

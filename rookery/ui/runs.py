@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -27,6 +28,9 @@ LOOK_EVERY = 5.0
 """Seconds between two searches for new runs."""
 
 ACTIVE = ("starting", "preparing", "training", "evaluating", "saving")
+
+REQUEST = "console.toml"
+"""In a run directory: what the form said, when the console started it."""
 
 OUTPUT = "console.log"
 """In a run directory: what the process printed, when the console started it."""
@@ -52,15 +56,24 @@ class Run:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def config(self) -> dict[str, Any]:
+    def config(self, name: str = "config.toml") -> dict[str, Any]:
         """Leaf -> value of config.toml; empty when it cannot be read."""
         try:
-            document = tomllib.loads((self.path / "config.toml").read_text(encoding="utf-8"))
+            document = tomllib.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return {
             leaf: value for section in document.values() if isinstance(section, dict) for leaf, value in section.items()
         }
+
+    def request(self) -> dict[str, Any]:
+        """Leaf -> value of what a person asked for, without what was found from it: to begin another run like it."""
+        if asked := self.config(REQUEST):
+            return asked
+        text = (self.path / "config.toml").read_text(encoding="utf-8") if self.config() else ""
+        # Behind each value stands where it came from: a flag, or a line of a recipe.
+        given = {line.split(" = ")[0] for line in text.splitlines() if re.search(r"  # (--?\w.*|.*:\d+)$", line)}
+        return {leaf: value for leaf, value in self.config().items() if leaf in given}
 
     def phase(self, status: dict[str, Any]) -> str:
         """The phase as it is, not as a process that was killed last wrote it."""

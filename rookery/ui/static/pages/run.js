@@ -100,7 +100,7 @@ function Head({ run, memory }) {
     <header class="page-head">
       <div>
         <p class="crumb"><a href=${link("runs")}>${t("Runs")}</a></p>
-        <h1>${run.name} <${Phase} phase=${run.phase} /></h1>
+        <h1>${run.name} <span role="status"><${Phase} phase=${run.phase} /></span></h1>
       </div>
       <div class="row actions">
         ${active && html`<button class="button danger" onClick=${() => act("stop", t("Stopping: the step is finished and saved first."))}><${Icon} name="stop" filled />${t("Stop and save")}</button>`}
@@ -231,8 +231,8 @@ function Facts({ run }) {
 
 export async function cloneRun(path) {
   try {
-    const { values, method } = await api(`runs/config?${query({ run: path })}`);
-    adopt({ ...values, proj_dir: "" }, method);
+    const { asked, method } = await api(`runs/config?${query({ run: path })}`);
+    adopt({ ...asked, proj_dir: "" }, method);
     go("train");
   } catch (error) {
     complain(error);
