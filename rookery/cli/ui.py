@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 import webbrowser
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -51,7 +52,8 @@ def ui(
     typer.echo(_("Ctrl-C ends the console; training goes on."))
     if open_browser:
         webbrowser.open_new_tab(address)
-    server.run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # Ctrl-C is how it ends
+        server.run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -47,11 +49,14 @@ def start(console: ConsoleProcess, folder: Path, name: str) -> Path:
 def test_training_goes_on_without_the_console_and_is_found_by_the_next(tmp_path) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
-    with running_console(folder) as console:
+    with running_console(folder, before=getattr(os, "setsid", None)) as console:
         run = start(console, folder, "long")
         wait_until(lambda: steps(run) > 5)
         assert "is training: stop it first" in console.ask("api/runs/delete", {"run": str(run)})[1]["error"]
         assert "is training" in console.ask("api/runs/resume", {"run": str(run)})[1]["error"]
+        if hasattr(os, "killpg"):  # Ctrl-C in a terminal reaches every process of its group
+            os.killpg(console.process.pid, signal.SIGINT)
+            assert console.process.wait(20) == 0
     before = steps(run)
     wait_until(lambda: steps(run) > before + 5)
     with running_console(folder) as console:
@@ -75,8 +80,6 @@ def test_training_goes_on_without_the_console_and_is_found_by_the_next(tmp_path)
 
 
 def test_a_process_with_the_number_of_a_dead_one_is_another_one() -> None:
-    import os
-
     assert processes.alive(os.getpid())
     assert not processes.alive(os.getpid(), since=1.0)
     assert not processes.alive(None)
