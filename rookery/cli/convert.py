@@ -25,6 +25,10 @@ def convert(
         "", help="world, a vocabulary file, or none; found beside the weights when left out (gguf and hf carry it)"
     ),
     version: str = typer.Option(None, help="x052, x060 or x070: the model of a state, for --to rwkv"),
+    alpha: float = typer.Option(None, help="lora_alpha of its training, for a file that does not say it"),
+    pissa_init: Path = typer.Option(
+        None, "--pissa-init", metavar="FILE", help="What a PiSSA began with: init_pissa.pth, init_lora.pth or a folder"
+    ),
     force: bool = typer.Option(False, "--force", help="Replace what is there"),
 ) -> None:
     """Write a model, a tuned state or an adapter in the format of another program, one tensor at a time."""
@@ -44,6 +48,8 @@ def convert(
             precision=dtype,
             tokenizer=vocabulary,
             version=version,
+            alpha=alpha,
+            pissa_init=pissa_init,
             force=force,
             progress=lambda written, total: progress(written // 1_000_000, -(-total // 1_000_000)),
         )

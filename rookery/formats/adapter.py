@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -217,26 +217,26 @@ def _of_run(folder: Path) -> AdapterFile:
     if files[0].stem == "adapter-final" or newest is None or newest.stat().st_mtime_ns < files[0].stat().st_mtime_ns:
         return found
     # An unfinished run: what its checkpoint trained, over what does not train (the factors that a PiSSA began with).
-    with _open(newest) as content:
-        trained = {re.sub(r"\.adapters\.\w+\.", ".", name): content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    trained = {re.sub(r"\.adapters\.\w+\.", ".", name): tensor for name, tensor in _content(newest)[0].items()}
     return replace(found, path=newest, tensors=found.tensors | trained)
 
 
 def read_own(path: Path) -> AdapterFile | None:
     """The adapter in a file that says what it is; None for any other file of tensors."""
-    with _open(path) as content:
-        text = (content.metadata() or {}).get(METADATA)
-        if text is None:
-            return None
-        facts = _facts(path, text)
-        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
+    tensors, metadata = _content(path)
+    if METADATA not in metadata:
+        return None
+    facts = _facts(path, metadata[METADATA])
     return AdapterFile(path, facts["adapter"], tensors, facts["base"], facts["tool"])
 
 
-def _open(path: Path) -> Any:
+def _content(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file under its own names, mapped, and its metadata."""
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
+            return tensors, content.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(_("{path} is damaged or no safetensors file ({error})", path=path, error=error)) from error
 
 
@@ -256,7 +256,7 @@ def _facts(path: Path, text: str) -> dict[str, Any]:
             "base": None if base is None else TypeAdapter(Base).validate_python(base),
             "tool": str(content.get("tool", "")),
         }
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             _("what {path} says of its adapter cannot be read ({error})", path=path, error=_one_line(error))
         ) from error

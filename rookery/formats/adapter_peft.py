@@ -47,7 +47,8 @@ def read(folder: Path, init: Factors | None) -> AdapterFile:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind, r = str(settings["peft_type"]).upper(), int(settings["r"])
         alpha = float(settings["lora_alpha"]) if kind == "LORA" else float(r)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        dropout = float(settings.get("lora_dropout") or 0)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(_("{path} cannot be read ({error})", path=folder / CONFIG, error=error)) from error
     _refuse_what_is_not_read(folder, kind, settings)
     tensors = {}
@@ -63,7 +64,7 @@ def read(folder: Path, init: Factors | None) -> AdapterFile:
     if kind == "MISS":
         mode: Any = "bat_rows" if settings.get("init_weights") == "bat" else "bone"
         return AdapterFile(folder, replace(config, method="miss", miss_mode=mode, rslora=False), tensors, tool="peft")
-    config = replace(config, dropout=float(settings.get("lora_dropout") or 0), method="lora")
+    config = replace(config, dropout=dropout, method="lora")
     if settings.get("use_dora"):
         return AdapterFile(folder, replace(config, method="dora"), tensors, tool="peft")
     if not str(settings.get("init_lora_weights")).startswith("pissa"):

@@ -51,4 +51,7 @@ def to_rwkv(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = name.replace("time_first", "time_faaaa").replace("time_mix", mixes)
         return name.replace(".lora.0", ".lora_A").replace(".lora.1", ".lora_B")
 
-    return {original(name): tensor.mT if _TRANSPOSED.search(name) else tensor for name, tensor in tensors.items()}
+    def turned(name: str, tensor: Tensor) -> Tensor:
+        return tensor.mT if tensor.dim() >= 2 and _TRANSPOSED.search(name) else tensor
+
+    return {original(name): turned(name, tensor) for name, tensor in tensors.items()}

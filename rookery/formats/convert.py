@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +13,13 @@ from torch import Tensor
 from rookery.config import parse
 from rookery.errors import UserError
 from rookery.formats import ai00, gguf, hf, states
+from rookery.formats.adapter import read_adapter, write_adapter
+from rookery.formats.adapter_old import split
+from rookery.formats.adapter_peft import is_peft, write_peft
 from rookery.formats.load import assign
 from rookery.formats.source import Source
-from rookery.formats.stream import AI00, Pending, Place, Progress, write_weights
-from rookery.formats.weights import weight_file
+from rookery.formats.stream import AI00, Pending, Place, Progress, write_pth, write_weights
+from rookery.formats.weights import read_weights, weight_file
 from rookery.i18n import _
 from rookery.models import ModelShape, create
 from rookery.models.shape import VERSIONS
@@ -55,6 +58,8 @@ def convert(
     precision: str | None = None,
     tokenizer: Callable[[int], Tokenizer | None] = lambda size: None,
     version: str | None = None,
+    alpha: float | None = None,
+    pissa_init: str | Path | None = None,
     force: bool = False,
     shard_bytes: int = hf.SHARD_BYTES,
     progress: Progress | None = None,
@@ -62,13 +67,14 @@ def convert(
     """Write what `path` holds in another format.
 
     Args:
-        path: what `rookery.formats.read_weights` takes, or a state of the `rwkv` package.
+        path: what `rookery.formats.read_weights` takes, a state of the `rwkv` package, or what `read_adapter` takes.
         out: the file, or for hf the directory, to write.
         to: one of `TARGETS`; without it the ending of `out` says.
         precision: fp32, bf16, fp16, or for GGUF also q8_0; without it that of the source, and for st always fp16.
         tokenizer: given the number of token ids of a model, its tokenizer, for the formats that carry one.
         version: of the model that a state belongs to, when `path` is or `out` becomes a state of the `rwkv` package;
             without it, what the configuration in the state's run directory says.
+        alpha, pissa_init: of an adapter whose file does not say it, as for `rookery.formats.read_adapter`.
         force: replace what is at `out`.
         shard_bytes: size of the files into which hf divides a larger model.
 
@@ -78,8 +84,10 @@ def convert(
     path, out = Path(path), Path(out)
     target = _target(out, to)
     _check_precision(precision, target)
-    file = weight_file(path)
+    file = path if is_peft(path) else weight_file(path)
     _check_place(path, file, out, target, force)
+    if is_peft(path) or (target in ("hf", "safetensors") and _holds_adapter(file)):
+        return _convert_adapter(path, out, target, DTYPES.get(precision or ""), alpha, pissa_init)
     if file.suffix == ".pth" and states.is_package(file):
         source = Source(file, partial(states.read_package, version=_version(version, file)))
     else:
@@ -107,6 +115,36 @@ def convert(
     else:
         write_weights(out, _pending(source, Place, dtype), metadata=source.metadata(), progress=progress)
     return Converted(out, kind, target, len(source.shapes), _size(out))
+
+
+def _holds_adapter(file: Path) -> bool:
+    names = read_weights(file)
+    return "emb.weight" not in names and any(map(split, names))
+
+
+def _convert_adapter(
+    path: Path, out: Path, target: str, dtype: torch.dtype | None, alpha: float | None, pissa_init: str | Path | None
+) -> Converted:
+    """To a file that says what it is, to a folder of Hugging Face peft, or to the slim .pth of RWKV-PEFT."""
+    adapter = read_adapter(path, alpha=alpha, pissa_init=pissa_init)
+    if dtype is not None:
+        adapter = replace(adapter, tensors={name: tensor.to(dtype) for name, tensor in adapter.tensors.items()})
+    if target == "hf":
+        write_peft(out, adapter)
+    elif target == "safetensors":
+        write_adapter(out, adapter.tensors, adapter.config, adapter.base)
+    elif target == "pth":
+        write_pth(out, adapter.tensors)
+    else:
+        raise UserError(
+            _(
+                "{path} is a folder of Hugging Face peft, which becomes a .pth or .safetensors; convert that to "
+                "{target}",
+                path=path,
+                target=target,
+            )
+        )
+    return Converted(out, "adapter", target, len(adapter.tensors), _size(out))
 
 
 def _target(out: Path, to: str | None) -> str:

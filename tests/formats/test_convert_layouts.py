@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rookery
+from rookery.adapters import AdapterConfig
 from rookery.errors import UserError
-from rookery.formats import Pending, read_weights, write_pth, write_weights
+from rookery.formats import Base, Pending, read_adapter, read_weights, write_adapter, write_pth, write_weights
 from rookery.formats.convert import convert
 from rookery.formats.stream import pending
 
@@ -158,7 +159,28 @@ def test_adapters_there_and_back(tmp_path: Path) -> None:
 
 
 def test_the_description_of_an_adapter_survives(tmp_path: Path) -> None:
-    save_file({"blocks.0.att.key.lora_A": torch.ones(4, 64)}, tmp_path / "a.safetensors", {"rookery": "alpha 32"})
+    tensors = {"blocks.0.att.key.lora_A": torch.ones(4, 64), "blocks.0.att.key.lora_B": torch.ones(64, 4)}
+    config = AdapterConfig("lora", r=4, alpha=32.0, targets=("att.key",))
+    base = Base.of(read_weights(checkpoint("x070")), checkpoint("x070"))
+    write_adapter(tmp_path / "a.safetensors", tensors, config, base)
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", precision="bf16")
-    with safe_open(tmp_path / "b.safetensors", framework="pt") as file:
-        assert file.metadata() == {"rookery": "alpha 32"}
+    found = read_adapter(tmp_path / "b.safetensors")
+    assert (found.config, found.base) == (config, base)
+    assert {tensor.dtype for tensor in found.tensors.values()} == {torch.bfloat16}
+
+
+def test_an_adapter_between_trainers(tmp_path: Path) -> None:
+    """A slim .pth to a file that says what it is, to a folder of Hugging Face peft, and back."""
+    tensors = {"blocks.0.att.key.lora_A": torch.ones(4, 64), "blocks.0.att.key.lora_B": torch.ones(64, 4)}
+    write_pth(tmp_path / "slim.pth", tensors)
+    with pytest.raises(UserError, match="does not say its alpha"):
+        convert(tmp_path / "slim.pth", tmp_path / "own.safetensors")
+    convert(tmp_path / "slim.pth", tmp_path / "own.safetensors", alpha=32)
+    assert read_adapter(tmp_path / "own.safetensors").config.alpha == 32.0
+    done = convert(tmp_path / "own.safetensors", tmp_path / "peft", to="hf")
+    assert (done.kind, done.tensors) == ("adapter", 2)
+    assert read_adapter(tmp_path / "peft").config.alpha == 32.0
+    convert(tmp_path / "peft", tmp_path / "back.pth")
+    same(read_weights(tmp_path / "back.pth"), tensors)
+    with pytest.raises(UserError, match="is a folder of Hugging Face peft, which becomes"):
+        convert(tmp_path / "peft", tmp_path / "back.st")
