@@ -74,7 +74,7 @@ def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], Non
         UserError: no file of the run directory can be read, or fine-tuning has no model to begin with.
     """
     load_model, stage = config.model.load_model, config.run.train_stage
-    if config.adapter.peft != "none" and stage != 1:
+    if (config.adapter.peft != "none" or config.adapter.adapter_load) and stage != 1:
         return _find_fine_tuning(config, files, report)
     if stage != 1:
         for found in _checkpoints(files, report):
