@@ -52,6 +52,15 @@ FAILURES = (
         patterns=(r"\bMemoryError\b", r"DefaultCPUAllocator: (can't|not enough)", r"std::bad_alloc", r"os error 1455"),
     ),
     Failure(
+        "RK304",
+        N_("The training needs more memory than there is."),
+        N_("The message lists changes that would fit; the form offers the same ones beside Memory."),
+        sentences=(
+            "this training does not fit into memory.",
+            "the device ran out of memory at step {step}.",
+        ),
+    ),
+    Failure(
         "RK303",
         N_("The disk is full, or a quota is used up."),
         N_("Make room and press Resume: the run goes on from its last checkpoint."),
@@ -157,7 +166,67 @@ FAILURES = (
         "RK206",
         N_("This method needs a base model."),
         N_("Choose a base model, or take the method that trains a new one."),
-        sentences=("state tuning begins with a trained model: give --load_model",),
+        sentences=("peft {peft} begins with a trained model: give --load_model",),
+    ),
+    Failure(
+        "RK205",
+        N_("The adapter or state does not belong to this base model."),
+        N_("Choose the model that it was trained on: the Models page says which one fits."),
+        sentences=(
+            "{adapter} belongs to {own} ({own_dimensions}), not to a model like {file} ({dimensions})",
+            "{adapter} was trained on {own} (fingerprint {own_print}); {file} has the same dimensions but other "
+            "weights (fingerprint {print}). Give the model it was trained on; if {file} is a descendant of that and "
+            "this is meant, say so with --any-base (any_base=True in Python).",
+            "the adapter does not fit the model: it lacks {missing} tensors ({first_missing}) and has {unknown} that "
+            "the model has no place for ({first_unknown})",
+            "the adapter does not fit the model: its {name} has shape {found}, the model needs {needed}",
+            "{folder} holds only what was trained on {base}, which is no longer there; give that model itself, and "
+            "{folder} as its adapter or state",
+        ),
+    ),
+    Failure(
+        "RK207",
+        N_("The adapter file does not say something that is needed to use it."),
+        N_("The message says what to give: its alpha, or what a PiSSA began with (pissa_init, under Advanced)."),
+        sentences=(
+            "{path} holds no adapter; its first tensor is {name}",
+            "{path} does not say its alpha, which decides how strong it is. Give the lora_alpha of its training with "
+            "--alpha; if it is a PiSSA, which has none, give --pissa-init its init_pissa.pth or init_lora.pth.",
+            "{path} does not say what adapter it is",
+            "{folder} is a PiSSA without what it began with. Give that with --pissa-init (the folder of the adapter "
+            "saved before its training), or save it again with peft's path_initial_model_for_weight_conversion, "
+            "which makes a LoRA of it.",
+        ),
+    ),
+    Failure(
+        "RK208",
+        N_("The rank is not possible for the matrices of this model."),
+        N_("Choose a smaller rank; for MiSS of the form bat, one that divides the width."),
+        sentences=(
+            "pissa of rank {r} is not possible for a matrix of {rows} x {columns}; give a smaller lora_r",
+            "miss of rank {r} is not possible for a matrix with {columns} inputs; give a smaller lora_r",
+            "miss_mode bat cuts a matrix into blocks of r x r; {rows} x {columns} is not divisible by lora_r {r}",
+        ),
+    ),
+    Failure(
+        "RK209",
+        N_("The vocabulary of the model is not known."),
+        N_("Put its vocab.json or vocab.txt beside it, or give the vocabulary by name."),
+        sentences=(
+            "{path} has {size} token ids, so its tokenizer is not World, and neither vocab.json nor vocab.txt is "
+            "beside it. Name the vocabulary with --tokenizer FILE.",
+            "The tokenizer {name} has {ids} ids and {path} only {size}; it belongs to another model.",
+        ),
+    ),
+    Failure(
+        "RK506",
+        N_("The batch does not divide the 40320 samples of a mini-epoch."),
+        N_("Change micro batch or accumulation as the message says, or give the epoch steps."),
+        sentences=(
+            "one optimiser step takes {batch} samples (micro_bsz x devices x num_nodes x accumulate_grad_batches), "
+            "which does not divide the {mini_epoch} samples of a mini-epoch: make it {below} or {above}, or give "
+            "epoch_steps",
+        ),
     ),
     Failure(
         "RK401",

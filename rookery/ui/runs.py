@@ -175,7 +175,7 @@ class Runs:
     def __init__(self, places: Places) -> None:
         self.places = places
         self._runs: dict[Path, Run] = {}
-        self._looked = 0.0
+        self._look_next = 0.0
         self._lock = threading.Lock()
 
     def get(self, path: str | Path) -> Run:
@@ -195,14 +195,17 @@ class Runs:
     def summaries(self, again: bool = False) -> dict[str, dict[str, Any]]:
         """Path -> summary of each run; `again` searches the folders now."""
         with self._lock:
-            if again or time.monotonic() - self._looked > LOOK_EVERY:
+            if again or time.monotonic() > self._look_next:
                 self._look()
             return {str(path): run.summary() for path, run in self._runs.items()}
 
     def _look(self) -> None:
+        begun = time.monotonic()
         found = {path for folder in self.places.folders for path in find_runs(folder)}
         self._runs = {path: self._runs.get(path) or Run(path) for path in sorted(found)}
-        self._looked = time.monotonic()
+        # Large trees, such as a home directory, are searched less often.
+        took = time.monotonic() - begun
+        self._look_next = begun + max(LOOK_EVERY, 30 * took)
 
     def delete(self, path: str) -> None:
         """Remove a run directory with everything in it.

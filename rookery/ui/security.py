@@ -45,7 +45,7 @@ class Guard:
         if not is_loopback(host):
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.policy = (
-            f"default-src 'self'; script-src 'self' '{script_hash}'; style-src 'self' 'unsafe-inline'; "
+            f"default-src 'self'; script-src 'self' '{script_hash}'; style-src 'self'; "
             "img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
         )
 
