@@ -127,7 +127,7 @@ class DoRA(LoRA):
         if y is None or seen is not x:
             y = linear.product(seen)
         factor = self.factor(linear, y.dtype)
-        return (factor - 1) * y + factor * self.low_rank(seen)
+        return torch.addcmul(factor * self.low_rank(seen), factor - 1, y)
 
     def factor(self, linear: Linear, dtype: torch.dtype) -> Tensor:
         """m / |W + s B A| of every row, (out,), of activations of `dtype`; kept while nothing changes, since at

@@ -125,9 +125,11 @@ def _said_of_adapter(path: Path, adapter: dict[str, Any]) -> dict[str, Any]:
     if found is None:
         return {}
     config = found.config
-    adapter |= {"method": config.method, "r": config.r, "train_parts": list(config.train_parts), "tool": found.tool}
+    adapter |= {"kinds": [config.method], "method": config.method, "r": config.r, "tool": found.tool}
+    if config.train_parts:
+        adapter["train_parts"] = list(config.train_parts)
     if config.method in ("lora", "dora"):
-        adapter |= {"alpha": config.alpha, "rslora": config.rslora}
+        adapter |= {"alpha": config.alpha} | ({"rslora": True} if config.rslora else {})
     if config.method == "miss":
         adapter["miss_mode"] = config.miss_mode
     return {"base": asdict(found.base)} if found.base else {}
