@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from rookery.config.memory import Plan
 
 
-def check(words: list[str], free: dict[str, int]) -> dict[str, Any]:
+def check(words: list[str], gpu_free: int | None) -> dict[str, Any]:
     """What `rookery train WORDS` would do: every value and where it comes from, what it says about them, and the memory
-    it would take of `free` (bytes by device: "cpu", "cuda")."""
+    it would take; `gpu_free` are the bytes that nvidia-smi says are free."""
     from rookery.config import differences, parse
     from rookery.config.memory import Plan
     from rookery.config.tree import SECTION_OF, get
@@ -42,7 +42,7 @@ def check(words: list[str], free: dict[str, int]) -> dict[str, Any]:
         other = [(d.leaf, d.before, d.after) for d in differences(parse([], files.config_file).config, config)]
     data = BinIdx(config.data.data_file) if config.data.data_type == "binidx" else None
     return {
-        "memory": memory(Plan.of(config), free),
+        "memory": memory(Plan.of(config), gpu_free),
         "data": data and {"tokens": data.tokens, "documents": len(data)},
         "values": {leaf: get(config, leaf) for leaf in SECTION_OF},
         "origins": {leaf: str(resolved.origins[leaf]) for leaf in SECTION_OF},
@@ -51,14 +51,13 @@ def check(words: list[str], free: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def memory(plan: Plan, free: dict[str, int]) -> dict[str, Any] | None:
-    """What a training needs (bytes), of how much, whether that fits, and flags with which it would; None where nobody
-    knows how much is free."""
+def memory(plan: Plan, gpu_free: int | None) -> dict[str, Any]:
+    """What a training needs (bytes), of how much, whether that fits, and flags with which it would."""
     from rookery.config.memory import estimate, fits, largest_micro_bsz, remedies
+    from rookery.train.memory import free_memory
 
-    room = free.get(plan.accelerator)
-    if room is None:
-        return None
+    # PyTorch would take hold of the GPU only to ask how much of it is free.
+    room = gpu_free if plan.accelerator == "cuda" and gpu_free is not None else free_memory(plan.accelerator)
     if plan.micro_bsz == 0:
         plan = replace(plan, micro_bsz=max(1, largest_micro_bsz(plan, room)))
     need = estimate(plan).total

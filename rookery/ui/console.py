@@ -95,7 +95,7 @@ class Console:
         answer: dict[str, Any] = {"fields": wrong, "command": form.command(found), "proj_dir": self._run_dir(found)}
         if wrong:
             return answer
-        reply = self.worker.ask("check", words=form.words(found), free=machine.free_memory())
+        reply = self.worker.ask("check", words=form.words(found), gpu_free=machine.gpu_free())
         if "error" in reply:
             failure = failures.find(reply["error"])
             known = failure is not failures.UNKNOWN or reply["trace"]

@@ -30,12 +30,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def free_memory() -> dict[str, int]:
-    """Bytes that a training could take: of the machine ("cpu"), and of its first GPU ("cuda") if there is one."""
-    free = {"cpu": int(psutil.virtual_memory().available)}
-    for gpu in gpus()[:1]:
-        free["cuda"] = gpu["memory"] - gpu["used"]
-    return free
+def gpu_free() -> int | None:
+    """Bytes that are free on the first GPU; None without one."""
+    found = gpus()
+    return found[0]["memory"] - found[0]["used"] if found else None
 
 
 def gpus() -> list[dict[str, Any]]:

@@ -98,4 +98,4 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch) -> None:
     assert machine.gpus() == [
         {"name": "NVIDIA GeForce RTX 4090", "memory": 24564 << 20, "used": 1 << 30, "load": 37, "temperature": 55}
     ]
-    assert machine.free_memory()["cuda"] == (24564 << 20) - (1 << 30)
+    assert machine.gpu_free() == (24564 << 20) - (1 << 30)
