@@ -102,8 +102,8 @@ def sources_of(path: str | Path) -> Sources:
     if tuned == "none":
         return Sources(path)
     base = Path(config.model.load_model) if config.model.load_model else path / "rwkv-init.pth"
-    if not base.exists() and not base.is_absolute():
-        base = path / base
+    places = [_begun_in(path, config.run.proj_dir) / base, base, path / base]
+    base = next((place for place in places if place.exists()), base)
     if not base.exists():
         raise UserError(
             _(
@@ -115,6 +115,12 @@ def sources_of(path: str | Path) -> Sources:
         )
     divisor = config.model.head_size_divisor
     return Sources(base, path, None, divisor) if tuned == "state" else Sources(base, None, path, divisor)
+
+
+def _begun_in(run: Path, proj_dir: str) -> Path:
+    """The folder that the paths in a run's configuration start from: its run directory is `proj_dir` from there."""
+    own, relative = run.resolve().parts, Path(proj_dir).parts
+    return Path(*own[: -len(relative)]) if relative and own[-len(relative) :] == relative else Path()
 
 
 def divisor_beside(file: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -173,3 +174,18 @@ def test_what_cannot_be_is_said_before_anything_is_written(tuning, tmp_path, cha
     with pytest.raises(UserError, match=message):
         rookery.train.run(tuning(**changes))
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_a_run_finds_its_base_from_anywhere(tuning, base, tmp_path, monkeypatch) -> None:
+    """Both were given from the folder where the training was started, and may have moved together."""
+    work = tmp_path / "work"
+    (work / "models").mkdir(parents=True)
+    shutil.copy(base, work / "models" / "base.pth")
+    monkeypatch.chdir(work)
+    rookery.train.run(tuning(**METHODS["state"], load_model="models/base.pth", proj_dir="out/state"))
+    work.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert rookery.load(tmp_path / "moved" / "out" / "state").blocks[0].att.time_state.abs().max() > 0
+    (tmp_path / "moved" / "models" / "base.pth").unlink()
+    with pytest.raises(UserError, match="which is no longer there"):
+        rookery.load(tmp_path / "moved" / "out" / "state")
