@@ -4,7 +4,7 @@ the length of a chunk, not on that of a sample."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from rookery.train.loop import Batch, Part
 
 
 def chunk_losses(
-    model: nn.Module, batch: Batch, *, chunk_ctx: int, full: bool = False, chunk: int = 0
+    model: nn.Module, batch: Batch, *, chunk_ctx: int, full: bool = False, head_chunk: int = 0
 ) -> Iterator[Part]:
     """The loss of a batch, chunk by chunk; together that of the whole batch. A `LossFunction` of the loop.
 
@@ -28,12 +28,12 @@ def chunk_losses(
             are those of the whole sample. A first pass without them keeps the state before each chunk; then the losses
             come from the last chunk to the first, and each must be backpropagated before the next is asked for, because
             the state's gradient passes from chunk to chunk the other way. Without gradients there is no difference.
-        chunk: tokens whose logits exist at one time; 0 chooses.
+        head_chunk: tokens whose logits exist at one time; 0 chooses.
     """
     chunks = _cut(batch, chunk_ctx)
     if full and torch.is_grad_enabled():
-        return _full(model, chunks, chunk)
-    return _truncated(model, chunks, chunk)
+        return _full(model, chunks, head_chunk)
+    return _truncated(model, chunks, head_chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,43 +63,43 @@ class _Chunk:
             _x, after = model.hidden(self.tokens, self.start(model, carried), lengths=self.lengths)
         return self.carried_on(after)
 
-    def loss(self, model: Any, carried: State | None, chunk: int) -> tuple[Tensor, State]:
+    def loss(self, model: Any, carried: State | None, head_chunk: int) -> tuple[Tensor, State]:
         start = self.start(model, carried)
         loss, after = model.loss(
-            self.tokens, self.targets, start, lengths=self.lengths, trained=self.trained, chunk=chunk
+            self.tokens, self.targets, start, lengths=self.lengths, trained=self.trained, chunk=head_chunk
         )
         return loss, self.carried_on(after)
 
 
 def _cut(batch: Batch, size: int) -> list[_Chunk]:
     tokens, targets = batch.tokens, batch.targets
-    continues, lengths = None, None
     if batch.lengths is not None:
         size *= len(tokens)
         tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
-        ends = batch.lengths.cumsum(0)
-        borders = torch.arange(1, -(-tokens.numel() // size)) * size
-        continues = [False, *(~torch.isin(borders, ends)).tolist()]
-        ends = torch.cat([ends, borders]).unique()
-        lengths = ends.diff(prepend=ends.new_zeros(1)).split(((ends - 1) // size).bincount().tolist())
-    pieces = targets.split(size, dim=1)
+    xs, ys = tokens.split(size, dim=1), targets.split(size, dim=1)
     if batch.trained == targets.numel():
-        trained = [piece.numel() for piece in pieces]
+        trained = [y.numel() for y in ys]
     else:
-        trained = torch.stack([(piece != -100).sum() for piece in pieces]).tolist()
-    return [
-        _Chunk(
-            x,
-            y,
-            trained[i],
-            None if lengths is None else lengths[i],
-            i > 0 if continues is None else continues[i],
-        )
-        for i, (x, y) in enumerate(zip(tokens.split(size, dim=1), pieces, strict=True))
-    ]
+        trained = torch.stack([(y != -100).sum() for y in ys]).tolist()
+    lengths: Sequence[Tensor | None] = [None] * len(xs)
+    continues = [False] + [True] * (len(xs) - 1)
+    if batch.lengths is not None:
+        lengths, continues = _cut_lengths(batch.lengths, size)
+    return list(map(_Chunk, xs, ys, trained, lengths, continues))
 
 
-def _truncated(model: nn.Module, chunks: list[_Chunk], rows: int) -> Iterator[Part]:
+def _cut_lengths(lengths: Tensor, size: int) -> tuple[Sequence[Tensor], list[bool]]:
+    """The lengths of the pieces in each chunk of `size` tokens, and whether its first piece goes on from the chunk
+    before."""
+    ends = lengths.cumsum(0)
+    borders = torch.arange(1, -(-int(ends[-1]) // size)) * size
+    continues = [False, *(~torch.isin(borders, ends)).tolist()]
+    ends = torch.cat([ends, borders]).unique()
+    chunk_of = (ends - 1) // size
+    return ends.diff(prepend=ends.new_zeros(1)).split(chunk_of.bincount().tolist()), continues
+
+
+def _truncated(model: nn.Module, chunks: list[_Chunk], head_chunk: int) -> Iterator[Part]:
     carried: State | None = None
     for i, chunk in enumerate(chunks):
         carried = carried if chunk.continues else None
@@ -107,13 +107,13 @@ def _truncated(model: nn.Module, chunks: list[_Chunk], rows: int) -> Iterator[Pa
         if not chunk.trained and not last:
             carried = chunk.advance(model, carried)
             continue
-        loss, after = chunk.loss(model, carried, rows)
+        loss, after = chunk.loss(model, carried, head_chunk)
         carried = after.detach()
         del after
         yield Part(loss, chunk.trained, last)
 
 
-def _full(model: nn.Module, chunks: list[_Chunk], rows: int) -> Iterator[Part]:
+def _full(model: nn.Module, chunks: list[_Chunk], head_chunk: int) -> Iterator[Part]:
     device = chunks[0].tokens.device
     starts: list[State | None] = []
     random_states: list[list[Tensor] | None] = []
@@ -130,7 +130,7 @@ def _full(model: nn.Module, chunks: list[_Chunk], rows: int) -> Iterator[Part]:
         if start is not None:
             start = State(*(x.detach().requires_grad_() for x in start.tensors))
         with _replayed(random_state, device):
-            loss, after = chunk.loss(model, start, rows)
+            loss, after = chunk.loss(model, start, head_chunk)
         if gradients is not None:
             loss = _WithGradients.apply(loss, *after.tensors, *gradients)
         del after

@@ -363,23 +363,23 @@ def _validator(
     return lambda: validation.loss(engine.model, loss_function, lambda: stop.made)
 
 
-def language_loss(model: nn.Module, batch: Batch, *, chunk: int = 0) -> Iterator[Part]:
+def language_loss(model: nn.Module, batch: Batch, *, head_chunk: int = 0) -> Iterator[Part]:
     """Mean cross-entropy of the next token over the trained targets of a batch, in one part.
 
     Args:
         model: any generation.
-        chunk: rows whose logits exist at one time; 0 chooses.
+        head_chunk: tokens whose logits exist at one time; 0 chooses.
     """
     loss, _state = model.loss(  # type: ignore[operator]
-        batch.tokens, batch.targets, lengths=batch.lengths, trained=batch.trained, chunk=chunk
+        batch.tokens, batch.targets, lengths=batch.lengths, trained=batch.trained, chunk=head_chunk
     )
     yield Part(loss, batch.trained, last=True)
 
 
 def _loss_function(run: RunSection) -> LossFunction:
     if run.train_type == "normal":
-        return partial(language_loss, chunk=run.head_chunk)
-    return partial(chunk_losses, chunk_ctx=run.chunk_ctx, full=run.infctx_grad == "full", chunk=run.head_chunk)
+        return partial(language_loss, head_chunk=run.head_chunk)
+    return partial(chunk_losses, chunk_ctx=run.chunk_ctx, full=run.infctx_grad == "full", head_chunk=run.head_chunk)
 
 
 def _explain(error: Diverged, engine: Engine, loss_function: LossFunction, rundir: RunDir) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rookery.ops import head_loss
 from rookery.ops.head_loss import head_loss_plain
@@ -89,3 +91,41 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     loss = head_loss(x, frozen, targets)
     (dx,) = torch.autograd.grad(loss, (x,))
     torch.testing.assert_close(dx, torch.autograd.grad(head_loss_plain(x, frozen, targets), (x,))[0])
+
+
+@pytest.mark.parametrize("masked", [0, 3, 22])
+def test_a_known_number_of_trained_targets_changes_nothing(masked: int) -> None:
+    x, weight, targets = case()
+    targets = targets.clamp(min=0)
+    targets.view(-1)[torch.randperm(22, generator=torch.Generator().manual_seed(0))[:masked]] = -100
+    counted = head_loss(x, weight, targets, chunk=5)
+    known = head_loss(x, weight, targets, trained=22 - masked, chunk=5)
+    assert torch.equal(known, counted)
+    gradients = (torch.autograd.grad(loss, (x, weight)) for loss in (known, counted))
+    assert all(torch.equal(got, want) for got, want in zip(*gradients, strict=True))
+
+
+class Made(TorchDispatchMode):
+    """Notes the shapes of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.data_ptr() not in {
+            x.data_ptr() for x in args if isinstance(x, Tensor)
+        }:
+            self.shapes.add(tuple(result.shape))
+        return result
+
+
+def test_without_gradients_none_are_computed() -> None:
+    x, weight, targets = case()
+    with Made() as made:
+        loss = head_loss(x, weight, targets)
+    assert tuple(weight.shape) in made.shapes
+    with torch.no_grad(), Made() as made:
+        assert torch.equal(head_loss(x, weight, targets), loss)
+    assert tuple(weight.shape) not in made.shapes

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from model_pieces import VERSIONS, assert_equal, batch_of, gradients, model_of
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import rookery.train
 from rookery.formats import load
@@ -185,37 +182,11 @@ def test_without_gradients_the_loss_is_the_same(full: bool) -> None:
 # How much memory it takes
 
 
-class Allocated(TorchDispatchMode):
-    """Counts the bytes of the tensors that exist among those made inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if not hasattr(storage, "counted"):
-                    storage.counted = True  # type: ignore[attr-defined]
-                    self._add(storage.nbytes())
-                    weakref.finalize(storage, self._add, -storage.nbytes())
-        return result
-
-    def _add(self, size: int) -> None:
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
 def peak_bytes(loss_function: LossFunction, length: int) -> int:
-    """Largest allocation of a forward and backward pass over samples of `length` tokens, gradients included; without the
-    samples themselves."""
+    """Largest allocation of a forward and backward pass over samples of `length` tokens, gradients included and the
+    samples themselves left out."""
     model, batch = model_of("x070", torch.float32), batch_of(2, length)
-    for tensor in (batch.tokens, batch.targets):
-        tensor.untyped_storage().counted = True  # type: ignore[attr-defined]
-    gc.collect()
-    with Allocated() as allocated:
+    with LiveBytes(but=(batch.tokens, batch.targets)) as allocated:
         for part in loss_function(model, batch):
             part.loss.backward()
     return allocated.peak

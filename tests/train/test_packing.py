@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +18,13 @@ from model_pieces import VERSIONS, VOCAB, assert_equal, batch_of, gradients, mod
 from torch import Tensor
 from train_pieces import CTX
 
+import rookery.train
+from rookery.config import parse
+from rookery.data import open_dataset
 from rookery.errors import UserError
+from rookery.formats import load
 from rookery.models import Model, Parts, State
-from rookery.train.batches import batches
+from rookery.train.batches import batches, to_device
 from rookery.train.loop import Batch, fit
 from rookery.train.optim import build_optimizer, parameter_groups
 from rookery.train.run import language_loss
@@ -176,3 +185,37 @@ def test_batches_bring_the_lengths(num_workers: int) -> None:
         assert batch.lengths is not None
         assert batch.lengths.tolist() == [n for i in range(first, first + 3) for n in (1 + i, CTX - 1 - i)]
         assert batch.tokens[:, 0].tolist() == [first, first + 1, first + 2]
+
+
+def test_a_run_packs_documents(config: Callable[..., Any], tmp_path: Path) -> None:
+    """Its first loss is the mean over the targets of all documents of the step, each read alone; read in chunks, with
+    full gradients, it trains alike."""
+    generator = random.Random(0)
+    texts = ["".join(generator.choices("ABCDEFGH", k=generator.randint(3, 30))) + "." for _ in range(60)]
+    data = tmp_path / "documents.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    flags = {"data_file": str(data), "vocab_size": 0, "dataload": "pack", "ctx_len": 32, "my_exit_tokens": 10 * 64}
+    rookery.train.run(config(**flags, train_stage=1))
+    losses = {}
+    for name, chunked in {
+        "whole": {},
+        "chunks": {"train_type": "infctx", "chunk_ctx": 7, "infctx_grad": "full"},
+    }.items():
+        folder = tmp_path / name
+        rookery.train.run(
+            config(**flags, **chunked, proj_dir=str(folder), load_model=str(tmp_path / "run/rwkv-init.pth"))
+        )
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses[name] = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    assert len(losses["whole"]) == 10
+    assert losses["chunks"] == pytest.approx(losses["whole"], rel=1e-4)
+
+    resolved = parse([], tmp_path / "whole" / "config.toml").config
+    dataset = open_dataset(resolved.data, vocab_size=resolved.model.vocab_size, seed=0)
+    first = to_device(dataset.batch(range(2)), 0, torch.device("cpu"))
+    assert first.lengths is not None
+    assert len(first.lengths) > 4
+    model = load(tmp_path / "run" / "rwkv-init.pth", device="cpu", dtype=torch.float64)
+    with torch.no_grad():
+        total = sum(model.loss(row.tokens, row.targets)[0].item() * row.trained for row in alone(first))
+    assert losses["whole"][0] == pytest.approx(total / first.trained, rel=1e-5)
