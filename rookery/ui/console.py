@@ -214,7 +214,8 @@ class Console:
 
 
 def weight_files(folder: Path, depth: int) -> Iterator[Path]:
-    """Model, state and adapter files in a folder and below; a run's checkpoints are its own business."""
+    """Model, state and adapter files in a folder and below; a run's checkpoints and the batch on which it diverged are
+    its own business."""
     try:
         entries = sorted(folder.iterdir())
     except OSError:
@@ -227,7 +228,7 @@ def weight_files(folder: Path, depth: int) -> Iterator[Path]:
         if entry.is_dir():
             if depth and not entry.is_symlink():
                 yield from weight_files(entry, depth - 1)
-        elif entry.suffix.lower() in MODELS:
+        elif entry.suffix.lower() in MODELS and not entry.name.startswith("nan-batch-"):
             yield entry
 
 

@@ -125,9 +125,9 @@ def defaults(method: str) -> dict[str, str]:
     own["proj_dir"] = ""
     if method == "pretrain":
         return own | METHODS[method][2] | {"warmup_steps": "", "micro_bsz": "8"}
-    # State tuning learns by rates of its own, which are found when none are given.
-    rates = {"lr_init": "", "lr_final": ""} if method == "state" else {}
-    return own | RUNNER | rates | METHODS[method][2]
+    # State tuning has customs of its own, which are found where nothing is given.
+    customs = dict.fromkeys(("lr_init", "lr_final", "ctx_len"), "") if method == "state" else {}
+    return own | RUNNER | customs | METHODS[method][2]
 
 
 def schema() -> dict[str, Any]:
@@ -186,9 +186,11 @@ def as_text(value: Any) -> str:
 
 
 def given(values: Mapping[str, str]) -> dict[str, str]:
-    """Those of `values` that say something: neither empty nor the default of the tree."""
+    """Those of `values` that say something. A default of the tree says nothing, unless it stands in a field that is
+    always seen: what a person sees there is what must happen, whatever a rule would put in its place."""
     own = {leaf: as_text(leaf_field(leaf).get_default(call_default_factory=True)) for leaf in SECTION_OF}
-    return {leaf: text.strip() for leaf, text in values.items() if text.strip() and text.strip() != own[leaf]}
+    said = {leaf: text.strip() for leaf, text in values.items() if text.strip()}
+    return {leaf: text for leaf, text in said.items() if leaf in RUNNER or text != own[leaf]}
 
 
 def words(values: Mapping[str, str]) -> list[str]:

@@ -70,6 +70,13 @@ def test_only_what_is_given_is_written() -> None:
     assert form.toml({"ctx_len": "64", "lora_r": "8"}) == "[data]\nctx_len = 64\n\n[adapter]\nlora_r = 8\n"
 
 
+def test_what_stands_in_an_open_field_is_given_even_where_it_is_the_default() -> None:
+    """State tuning would take another context length than the one that is seen."""
+    shown = form.defaults("state") | {"ctx_len": "1024", "head_size": "64"}
+    assert form.given(shown)["ctx_len"] == "1024"
+    assert "head_size" not in form.given(shown), "a setting under Advanced keeps its rule until it is changed"
+
+
 def test_a_command_of_another_trainer_fills_the_form() -> None:
     script = """
         python train.py --load_model "/models/RWKV-x070.pth" --proj_dir out --data_file data/sample \\

@@ -191,7 +191,10 @@ export function duration(seconds) {
   const two = (n) => String(n).padStart(2, "0");
   return `${Math.floor(s / 3600)}:${two(Math.floor(s / 60) % 60)}:${two(s % 60)}`;
 }
-export const figure = (value, digits = 4) => (value == null || !isFinite(value) ? "–" : value.toFixed(digits));
+export function figure(value, digits = 4) {
+  if (value == null || !isFinite(value)) return "–";
+  return Math.abs(value) >= 1000 ? short(value) : value.toFixed(Math.abs(value) >= 100 ? 1 : digits);
+}
 export const rate = (value) => (value == null ? "–" : value === 0 ? "0" : value.toExponential(2).replace("e+0", ""));
 export const date = (seconds) =>
   seconds

@@ -95,7 +95,7 @@ function ModelRow({ file }) {
         ${file.kind === "state" && bases.length > 0 && html`<a class="button small" href=${link("chat", { model: bases[0].file, state: file.file })}>${t("Mount and chat")}</a>`}
         ${file.kind === "adapter" && bases.length > 0 && html`<a class="button small" href=${link("chat", { model: bases[0].file, adapter: file.file })}>${t("Mount and chat")}</a>`}
         ${(file.kind === "adapter" || file.kind === "state") && html`<button class="button small" disabled=${!bases.length} onClick=${() => mergeDialog(bases[0].file, file.file, bases)}>${t("Merge")}</button>`}
-        ${file.kind !== "unknown" && html`<button class="button small" onClick=${() => convertDialog(file)}>${t("Convert")}</button>`}
+        ${["model", "adapter", "state"].includes(file.kind) && html`<button class="button small" onClick=${() => convertDialog(file)}>${t("Convert")}</button>`}
       </div>
     </li>`;
 }
