@@ -133,10 +133,9 @@ def test_half_a_model(train, data: str, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--data_type", "wds_img"], "images were never finished in the reference"),
-        (["--data_type", "sft"], "write the examples as .jsonl lines"),
-        (["--peft", "pissa"], "come with a later version"),
-        (["--train_type", "infctx"], "infinite context comes with a later version"),
-        (["--dataload", "only"], "--dataload pad trains the same targets"),
+        (["--peft", "pissa"], "give --load_model"),
+        (["--quant", "nf4"], "add --peft lora"),
+        (["--optimizer", "muon"], "AdamW is the only optimiser"),
         (["--my_testing", "mamba"], "must be one of x052, x060, x070"),
         (["--magic_prime", "17"], "magic_prime 17 does not fit 500 tokens at ctx_len 16"),
     ],
