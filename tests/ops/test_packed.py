@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from interpreted import DEVICE, INTERPRETED, kernels, relative_error, run_interpreted
 from torch import Tensor
@@ -112,6 +112,7 @@ def test_any_lengths(name: str, backend: str, lengths: list[int]) -> None:
 
 
 @given(lengths=lengths_of_sequences)
+@example(lengths=[40] + [14] * 10)
 def test_groups_hold_every_token_once_and_less_than_as_much_padding(lengths: list[int]) -> None:
     """In each group, so in all."""
     packing = packing_of(lengths)

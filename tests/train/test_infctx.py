@@ -125,7 +125,7 @@ def test_fp32_loss_is_that_of_the_whole_sample(version: str, full: bool) -> None
 
 @pytest.mark.parametrize("full", [False, True], ids=["truncated", "full"])
 def test_the_state_between_chunks_is_fp32_in_a_bf16_model(full: bool) -> None:
-    """With a bf16 state, as the references have it, the loss would be off by what bf16 rounds."""
+    """With a bf16 state, as the references have it, the loss would be off by 6e-5 of itself."""
     model, batch = model_of("x070", torch.bfloat16), batch_of(2, 64)
     with torch.no_grad():
         (whole,) = language_loss(model, batch)
@@ -134,7 +134,7 @@ def test_the_state_between_chunks_is_fp32_in_a_bf16_model(full: bool) -> None:
         for part in chunk_losses(model, batch, chunk_ctx=8, full=full)
         if part.loss.backward() is None
     )
-    assert total == pytest.approx(whole.loss.item(), rel=1e-4)
+    assert total == pytest.approx(whole.loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["truncated", "full"])
@@ -214,19 +214,19 @@ def test_memory_of_full_gradients_grows_by_the_states_alone() -> None:
 
 
 def train(model: Model, loss_function: LossFunction, rows: list[Batch], **settings: Any) -> list[float]:
-    """Losses of the steps."""
+    """Losses and gradient norms of the steps."""
     groups = parameter_groups(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad], model.version, weight_decay=True
     )
     build = partial(build_optimizer, groups=groups, betas=(0.9, 0.99), eps=1e-8)
     engine = SingleDevice(model, build, dtype=settings.pop("dtype", torch.float64), grad_clip=1.0)
-    losses: list[float] = []
+    seen: list[float] = []
     steps = range(len(rows) // settings.get("accumulate", 1))
     fit(
         engine, loss_function, iter(rows), CONSTANT, steps,
-        after_step=[lambda step: losses.append(step.loss.item())], **settings,
+        after_step=[lambda step: seen.extend([step.loss.item(), step.grad_norm.item()])], **settings,
     )  # fmt: skip
-    return losses
+    return seen
 
 
 ROWS = [batch_of(2, 48, seed=seed) for seed in range(6)]
@@ -242,7 +242,7 @@ def test_fp16_losses_are_scaled_once() -> None:
     """The gradient that passes between chunks already holds the scale."""
     full = partial(chunk_losses, chunk_ctx=16, full=True)
     got = train(model_of("x070"), full, ROWS, dtype=torch.float16)
-    assert got == pytest.approx(train(model_of("x070"), language_loss, ROWS), rel=0.02)
+    assert got == pytest.approx(train(model_of("x070"), language_loss, ROWS), rel=0.01)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["truncated", "full"])
@@ -255,7 +255,7 @@ def test_a_tuned_state_trains(full: bool) -> None:
     losses = train(model, partial(chunk_losses, chunk_ctx=16, full=full), ROWS[:1] * 5)
     after = [block.att.time_state for block in model.blocks]
     assert all(tensor is not None and (tensor != start).any() for tensor, start in zip(after, before, strict=True))
-    assert losses[-1] < losses[0]
+    assert losses[-2] < losses[0]
 
 
 def test_a_run_reads_its_samples_and_its_validation_in_chunks(
