@@ -289,7 +289,7 @@ def _kept_by_block(plan: Plan) -> float:
     if plan.peft == "dora":
         kept += 2 * size * outputs
     if plan.miss_mode == "bat" and plan.peft == "miss":
-        kept += 2 * size * inputs
+        kept += size * inputs
     if plan.lora_dropout:
         kept += inputs * (1 if plan.accelerator == "cuda" else size)
     return kept
