@@ -107,7 +107,7 @@ def _train_routes(app: FastAPI, console: Console) -> None:
 
     @app.post("/api/train/read")
     def read(text: Annotated[str, Body(embed=True)]) -> dict[str, Any]:
-        values = form.read_text(text)
+        values = form.read_recipe(text)
         return {"values": values, "method": form.method_of(values)}
 
 

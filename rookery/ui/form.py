@@ -267,7 +267,7 @@ def _without_empty(lines: list[str]) -> list[str]:
     return kept
 
 
-def read_text(text: str) -> dict[str, str]:
+def read_recipe(text: str) -> dict[str, str]:
     """The values of a recipe, or of a command line of any trainer that Rookery understands.
 
     Raises:

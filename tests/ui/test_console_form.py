@@ -62,8 +62,8 @@ def test_values_go_to_toml_and_to_a_command_and_back(tmp_path) -> None:
     assert parse(words[2:]).config == by_file
     assert by_file.data.data_file == "my data/数据"
     assert by_file.adapter.target_modules == ["att.key", "ffn.value"]
-    assert form.read_text(form.toml(values)) == values
-    assert form.read_text(form.command(values)) == values
+    assert form.read_recipe(form.toml(values)) == values
+    assert form.read_recipe(form.command(values)) == values
 
 
 def test_only_what_is_given_is_written() -> None:
@@ -84,7 +84,7 @@ def test_a_command_of_another_trainer_fills_the_form() -> None:
           --ctx_len 512 --micro_bsz 8 --epoch_steps 200 --epoch_count 4 --epoch_save 1 --lr_init 2e-5 --lr_final 2e-5 \\
           --accelerator gpu --precision bf16 --devices 1 --strategy deepspeed_stage_1 --grad_cp 1 \\
           --my_testing "x070" --peft lora --lora_config '{"lora_r":32,"lora_alpha":64,"lora_dropout":0.05}'"""
-    values = form.read_text(script)
+    values = form.read_recipe(script)
     assert values["load_model"] == "/models/RWKV-x070.pth"
     assert (values["version"], values["lora_r"], values["lora_dropout"]) == ("x070", "32", "0.05")
     assert form.method_of(values) == "lora"
@@ -101,7 +101,7 @@ def test_faults_are_told_field_by_field() -> None:
 
 def test_a_recipe_with_a_fault_names_the_line_and_not_our_temporary_file() -> None:
     with pytest.raises(UserError, match=r"^recipe.toml:2: there is no setting ctx_lem; did you mean ctx_len"):
-        form.read_text("[data]\nctx_lem = 5\n")
+        form.read_recipe("[data]\nctx_lem = 5\n")
 
 
 @pytest.mark.parametrize("leaf", [*form.PATHS, "tokenizer"])
