@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ class RunDir(RunFiles):
             UserError: another process is training in it, or it cannot be written.
         """
         super().__init__(path)
-        self._status: dict[str, Any] = {"pid": os.getpid(), "started": time.time()}
+        self._status: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = _Lock(self.path / "run.lock")

@@ -16,6 +16,9 @@ from rookery.i18n import language
 
 ROOKERY = (sys.executable, "-P", "-m", "rookery")
 
+CLOCK_STEP = 120
+"""Seconds by which a clock that was set may move the beginning of a process."""
+
 BREAK = """
 import ctypes, sys
 kernel = ctypes.windll.kernel32
@@ -82,7 +85,7 @@ def alive(pid: int | None, since: float = 0) -> bool:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return not since or process.create_time() < since + 5
+        return not since or process.create_time() < since + CLOCK_STEP
     except psutil.Error:
         return False
 

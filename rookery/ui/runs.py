@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 import tomllib
@@ -34,6 +35,9 @@ REQUEST = "console.toml"
 
 OUTPUT = "console.log"
 """In a run directory: what the process printed, when the console started it."""
+
+BELIEVED = 900.0
+"""Seconds for which a run on another machine may say nothing, as in a long validation, before it counts as killed."""
 
 TAIL = 200_000
 """Bytes at the end of a log that are shown."""
@@ -82,7 +86,7 @@ class Run:
         if started and started["time"] > status.get("started", 0):
             # The process has not written its status yet, or will never do it.
             return "starting" if processes.alive(started["pid"]) else "failed"
-        if phase in ACTIVE and not processes.alive(status.get("pid"), status.get("started", 0)):
+        if phase in ACTIVE and not _lives(status):
             return "killed"
         return phase or "unknown"
 
@@ -248,6 +252,14 @@ def start_training(path: Path, command: list[str], folder: Path) -> int:
 def started_here(path: Path) -> dict[str, Any] | None:
     """Id and time of the process that this console started last in the run directory `path`."""
     return _started.get(path)
+
+
+def _lives(status: dict[str, Any]) -> bool:
+    """Whether the process that wrote `status` runs. One of another machine, which shares the folder with this one, is
+    believed for a while."""
+    if status.get("host", socket.gethostname()) != socket.gethostname():
+        return time.time() - float(status.get("updated", 0)) < BELIEVED
+    return processes.alive(status.get("pid"), status.get("started", 0))
 
 
 def is_run(path: Path) -> bool:

@@ -9,7 +9,7 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rookery.i18n import _
@@ -82,7 +82,8 @@ class Guard:
                 response.set_cookie(COOKIE, self.token, httponly=True, samesite="strict", max_age=30 * 86400)
                 return response
             if not self._is_token(_cookie(headers)):
-                return _refuse(401, _("open the address that `rookery ui` printed: it holds the token"))
+                message = _("open the address that `rookery ui` printed: it holds the token")
+                return PlainTextResponse(message, 401) if scope["path"] == "/" else _refuse(401, message)
         if scope["method"] not in ("GET", "HEAD"):
             return _foreign(headers, host)
         return None

@@ -151,6 +151,17 @@ def test_a_failed_run_has_a_code_in_any_language(console, make_run, phase: str, 
     assert summary["failure"]["remedy"]
 
 
+def test_a_run_of_another_machine_is_not_taken_for_dead(console, make_run) -> None:
+    """Its process cannot be seen from here; what it wrote a moment ago can."""
+    now = time.time()
+    far = {"phase": "training", "pid": 2**22 + 1, "host": "another-machine", "started": now - 9000}
+    lively, silent = make_run("lively", updated=now, **far), make_run("silent", updated=now - 3600, **far)
+    console.ask("api/settings", {"folders": []})
+    found = first_events(console)["runs"]
+    assert found[str(lively)]["phase"] == "training"
+    assert found[str(silent)]["phase"] == "killed"
+
+
 def test_a_run_directory_is_never_written_over(console, make_run) -> None:
     path = make_run("used")
     before = (path / "config.toml").read_text(encoding="utf-8")
