@@ -24,7 +24,7 @@ export function t(sentence, values) {
   return values ? text.replace(/\{(\w+)\}/g, (place, name) => values[name] ?? place) : text;
 }
 
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(message, failure, status) {
     super(message);
     this.failure = failure;
@@ -61,7 +61,7 @@ export function query(values) {
 }
 
 /** Load the sentences of `name` and change over; nothing that was typed is touched. */
-export async function useLanguage(name) {
+async function useLanguage(name) {
   if (name === "zh" && !Object.keys(catalogue.value).length) catalogue.value = await api("catalogue");
   language.value = name;
   document.documentElement.lang = name === "zh" ? "zh-CN" : "en";
@@ -80,7 +80,7 @@ export async function setPreference(values) {
   }
 }
 
-export function useTheme(name) {
+function useTheme(name) {
   theme.value = name;
   document.documentElement.dataset.theme = name;
 }

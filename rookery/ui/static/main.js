@@ -64,7 +64,7 @@ function Sidebar({ page }) {
     </aside>`;
 }
 
-export const themeName = () => ({ auto: t("System theme"), light: t("Light"), dark: t("Dark") })[theme.value];
+const themeName = () => ({ auto: t("System theme"), light: t("Light"), dark: t("Dark") })[theme.value];
 
 function Meters() {
   const facts = machine.value;

@@ -82,7 +82,7 @@ export const Toasts = () => html`
       </div>`)}
   </div>`;
 
-export async function copyText(text) {
+async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);
   } catch {
@@ -124,7 +124,7 @@ export const TextField = ({ value, onInput, placeholder, number, password, ...re
       inputmode=${number ? "decimal" : undefined} onInput=${(e) => onInput(e.currentTarget.value)} />`} />`;
 
 /** Text of several lines, typed, pasted or read from a file. */
-export const AreaField = ({ value, onInput, ...rest }) =>
+const AreaField = ({ value, onInput, ...rest }) =>
   html`<${Field} ...${rest} control=${(tie) => html`
     <textarea ...${tie} class="mono" rows="9" spellcheck="false" value=${value} onInput=${(e) => onInput(e.currentTarget.value)}></textarea>`}>
     <label class="muted">${t("Or a file")} <input type="file" accept=".toml,.sh,.bat,.txt" onChange=${async (e) => {

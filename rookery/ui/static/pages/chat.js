@@ -1,7 +1,7 @@
 // Talking to a model, or to two with the same words and the same seed.
 import { signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import { api, complain, fileName, html, kept, servers, t } from "../core.js";
+import { api, fileName, html, kept, t } from "../core.js";
 import { Card, Empty, Icon, PathField, Problem, SwitchField, TextField } from "../widgets.js";
 import { needModels } from "./models.js";
 import { filesOf, talkers } from "./serve.js";

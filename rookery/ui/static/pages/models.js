@@ -25,7 +25,7 @@ export async function needModels(again = false) {
 export const modelName = (file) => `${file.folder === "." ? "" : `${file.folder}/`}${file.name}`;
 
 /** Models that a state or an adapter can be put on, by their dimensions; the one it was trained on first. */
-export function fitting(file) {
+function fitting(file) {
   const trainedOn = runs.value?.[file.run]?.config.load_model || file.base?.file || "";
   const match = (model) => (trainedOn && model.file.endsWith(trainedOn.replace(/^\.\//, "")) ? 1 : 0);
   return models.value.filter((model) => model.kind === "model" && fits(model, file)).sort((a, b) => match(b) - match(a));

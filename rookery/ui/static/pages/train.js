@@ -2,7 +2,7 @@
 import { effect, signal, untracked } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { api, bytes, complain, count, duration, fileName, go, hello, html, isActive, kept, language, link, runs, short, t, toast } from "../core.js";
-import { Card, Choice, Code, Field, Icon, PathField, Problem, SelectField, SwitchField, TextField, ask } from "../widgets.js";
+import { Card, Choice, Code, Icon, PathField, Problem, SelectField, SwitchField, TextField, ask } from "../widgets.js";
 import { models, modelName, needModels, mergeDialog } from "./models.js";
 
 // What a person typed: setting -> text. The rest are the method's defaults. Kept through reloads.
