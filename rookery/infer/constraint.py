@@ -24,6 +24,9 @@ BETWEEN = {"whitespace_flexible": False, "whitespace_pattern": r"( |\n {0,16})?"
 """Blanks that JSON may have between its parts: none, one, or a new line, indented. Without a limit, a model that has
 lost its way writes blanks until its tokens are spent."""
 
+LONGEST_REASON = 200
+"""Letters of the library's own words in a message; they can hold a whole grammar."""
+
 
 @dataclass(frozen=True)
 class Constraint:
@@ -99,7 +102,7 @@ class Guide:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = self._matcher.get_error().strip().splitlines()[0]
+            reason = self._matcher.get_error().strip().splitlines()[0][:LONGEST_REASON]
             raise UserError(_("The form asked of the answer cannot be used: {reason}", reason=reason))
 
 

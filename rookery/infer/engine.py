@@ -428,17 +428,22 @@ class Engine:
     def _choose(self, active: _Active, logits: Tensor) -> None:
         """Draw the next token of an answer, hand out the text it releases, and end the answer where it ends."""
         sequence, guide = active.sequence, active.guide
-        text = sequence.choose(logits, guide.allowed() if guide else None)
-        token = sequence.tokens[-1]
+        try:
+            text = sequence.choose(logits, guide.allowed() if guide else None)
+            token = sequence.tokens[-1]
+            ends = token in active.request.sampling.token_stop
+            if guide and not ends:
+                guide.accept(token)
+        except UserError as error:  # a form can turn out to be too large, or impossible, at any of its tokens
+            self._end(active, "error", error)
+            return
         if not active.first:
             active.first = time.monotonic()
-        if token not in active.request.sampling.token_stop:
+        if not ends:
             active.bytes += len(sequence.bytes_of(token))
             active.tokens.append((self._described(active, token, logits), active.bytes))
-            if guide:
-                guide.accept(token)
-                if guide.complete and not sequence.finish:
-                    text += sequence.end()
+            if guide and guide.complete and not sequence.finish:
+                text += sequence.end()
         released = active.bytes - sequence.unreleased_bytes
         if sequence.finish:
             tokens = tuple(t for t, end in active.tokens if end - len(t.data) < released or not t.data)

@@ -117,7 +117,8 @@ def probabilities(
     if min_p > 0:
         probs = torch.where(probs < min_p * probs.amax(-1, keepdim=True), 0.0, probs)
     if temperature != 1:
-        probs = probs ** (1 / temperature)
+        # Over the largest first, so that at low temperatures not all of them become 0.
+        probs = (probs / probs.amax(-1, keepdim=True)) ** (1 / temperature)
     return probs / probs.sum(-1, keepdim=True)
 
 

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from rookery import __version__
@@ -297,10 +298,14 @@ async def _invalid(_request: Request, error: Exception) -> Response:
     return ApiError(400, f"{param}: {worst['msg']}" if param else worst["msg"], param=param or None).response()
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     response = ApiError(error.status_code, str(error.detail)).response()
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        # Starlette names the methods of the first route of this path only.
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        response.headers["Allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
     return response
 
 
@@ -315,7 +320,7 @@ def _describe(app: FastAPI) -> None:
         for operation in operations.values():
             operation["responses"].pop("422", None)
             if path in ("/v1/chat/completions", "/v1/completions"):
-                operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+                operation["responses"]["200"]["content"]["text/event-stream"] = {}
             if path == "/health":
                 health = operation["responses"]["200"]["content"]
                 operation["responses"]["503"] = {"description": "Ending", "content": health}

@@ -252,7 +252,7 @@ class Job:
         """(index, piece) of all answers as they come; None in the place of a piece is an answer's end.
 
         Raises:
-            ApiError: the engine failed, or the time was over before an answer began.
+            ApiError: the engine failed, a form that was asked for cannot be had, or the time was over too early.
         """
         arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
         tasks = [asyncio.create_task(_follow(index, handle, arrived)) for index, handle in enumerate(handles)]
@@ -260,6 +260,8 @@ class Job:
             going_on = len(tasks)
             while going_on:
                 index, piece = await arrived.get()
+                if isinstance(piece, UserError):
+                    raise ApiError(400, str(piece)) from piece
                 if isinstance(piece, Exception):
                     raise ApiError(500, _("The model failed; the server's log says why.")) from piece
                 if piece is None:
