@@ -42,19 +42,19 @@ def parameter_groups(
         second_stage: `train_stage 2`, where x052 and x060 raise all time-mixing parameters to scale 5.
         lora_plus_ratio: scale of the matrices `lora_B` (LoRA+, arXiv:2402.12354).
     """
-    parameters = dict(parameters)
+    tensors = dict(parameters)
     if lora_plus_ratio != 1:
-        fast = {name: tensor for name, tensor in parameters.items() if name.endswith(".lora_B")}
-        slow = {name: tensor for name, tensor in parameters.items() if name not in fast}
+        fast = sorted(name for name in tensors if name.endswith(".lora_B"))
+        slow = [(name, tensor) for name, tensor in tensors.items() if name not in fast]
         groups = parameter_groups(
-            slow.items(), version, weight_decay=weight_decay, layerwise_lr=layerwise_lr, second_stage=second_stage
+            slow, version, weight_decay=weight_decay, layerwise_lr=layerwise_lr, second_stage=second_stage
         )
-        return [*groups, Group(lora_plus_ratio, weight_decay, sorted(fast))]
+        return [*groups, Group(lora_plus_ratio, weight_decay, fast)]
     kind = _x070_kind if version == "x070" else _x052_x060_kind
     raised = second_stage and version != "x070"
     group_of = {"mix": "2x", "decay rate": "3x"} if raised else {"mix": "1x", "decay rate": "2x"}
     members: dict[str, list[str]] = {"1x": [], "2x": [], "3x": [], "decay": []}
-    for name, tensor in sorted(parameters.items()):
+    for name, tensor in sorted(tensors.items()):
         kind_of_name = kind(name) if layerwise_lr else None
         if kind_of_name is None:
             matrix = tensor.squeeze().dim() >= 2 and (".weight" in name or ".adapters." in name)
