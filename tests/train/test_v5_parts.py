@@ -76,9 +76,7 @@ def test_state_tuning_equals_its_plain_restatement(config, tmp_path, capsys, ver
     base = tmp_path / "base.pth"
     weights = write_base(base, version)
     settings = dict.fromkeys(("n_layer", "n_embd", "lr_init", "lr_final"))
-    tuning = config(
-        **SHORT, **settings, peft="state", load_model=str(base), adam_eps=1e-8, weight_decay=0.0, grad_cp=1
-    )
+    tuning = config(**SHORT, **settings, peft="state", load_model=str(base), adam_eps=1e-8, weight_decay=0.0, grad_cp=1)
     rookery.train.run(tuning)
     said = capsys.readouterr().out
     assert "lr_init is 1.0, the custom of state tuning" in said
