@@ -164,7 +164,7 @@ def test_every_setting_is_read() -> None:
 
 
 def sentences_in_code() -> dict[str, str]:
-    """Sentence -> where it stands, of all literals given to `_`, `N_` or a page's `t`, settings, flag answers and help."""
+    """Sentence -> its place: all literals given to `_`, `N_` or a page's `t`, settings, answers to flags, and help."""
     found: dict[str, str] = {}
     for path in SOURCES:
         for call in calls(path, ("_", "N_")):
