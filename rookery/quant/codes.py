@@ -36,7 +36,7 @@ KINDS: tuple[Kind, ...] = ("int8", "nf4")
 BLOCK = 64
 """Weights of a row that share a scale; a row is padded with zeros to whole blocks."""
 
-PIECE = 1 << 20
+PIECE = 1 << 18
 """Weights that are quantised at one time, so that what is needed on the way stays small."""
 
 NF4 = (
