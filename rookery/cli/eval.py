@@ -1,4 +1,4 @@
-"""`rookery eval`: exact answers on held-out arithmetic, perplexity and bits per byte of a text."""
+"""`rookery eval`: exact answers on held-out arithmetic, perplexity of a text or data, the tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -25,25 +25,38 @@ def evaluate(
     answers: Path = typer.Option(
         None, metavar="FILE", help="Ask for the last answer of each conversation of this .jsonl, and compare"
     ),
-    text: Path = typer.Option(None, metavar="FILE", help="Perplexity and bits per byte of this text"),
+    text: Path = typer.Option(
+        None, metavar="FILE", help="Perplexity and bits per byte of this text, or of binidx data by their prefix"
+    ),
+    tasks: list[str] = typer.Option(
+        [],
+        metavar="NAME|FILE.yaml",
+        help="A task of lm-eval, or a task file of your own, which may run Python beside it; can be repeated",
+    ),
+    few_shot: int = typer.Option(None, min=0, help="Solved examples before each question of a task"),
+    as_chat: bool = typer.Option(False, "--as-chat", help="Put the questions of tasks as a user's"),
+    limit: int = typer.Option(0, min=0, help="Only the first so many examples of each task, or documents of data"),
     state: Path = typer.Option(None, metavar="FILE", help="Tuned states to mount"),
     adapter: Path = typer.Option(None, metavar="FILE", help="Adapter to add"),
     out: Path = typer.Option(None, "--out", "-o", metavar="FILE", help="Write the results as JSON"),
     tokenizer: str = typer.Option("", help="world or a vocabulary file; found beside the weights when left out"),
     device: str = typer.Option("auto", help="cpu, cuda or auto"),
 ) -> None:
-    """Measure a model: exact answers to questions that it never saw, or how well it predicts a text."""
+    """Measure a model: exact answers to questions that it never saw, tasks, or how well it predicts a text."""
     from rookery.data.arithmetic import LEVELS, find_level
 
-    if not arithmetic and text is None and answers is None:
+    if not arithmetic and text is None and answers is None and not tasks:
         levels = ", ".join(LEVELS)
         raise UserError(
             _(
-                "Say what to measure: --arithmetic LEVEL (one of {levels}), --answers FILE, or --text FILE.",
+                "Say what to measure: --arithmetic LEVEL (one of {levels}), --answers FILE, --text FILE, or "
+                "--tasks NAME.",
                 levels=levels,
             )
         )
     level = find_level(arithmetic) if arithmetic else None
+    if tasks:
+        from rookery.eval import lm_eval_tasks
 
     from rookery.cli.progress import bar
     from rookery.eval import answers as exact
@@ -67,7 +80,7 @@ def evaluate(
         typer.echo(_("{path}: {share} of {n} answered exactly.", path=answers, share=share, n=count))
     if text:
         with bar(_("tokens")) as progress:
-            measured = perplexity.measure_file(model, vocabulary, text, progress=progress)
+            measured = perplexity.measure_file(model, vocabulary, text, limit=limit, progress=progress)
         results["text"] = {"file": str(text), **measured.report()}
         typer.echo(
             _(
@@ -79,6 +92,13 @@ def evaluate(
                 tokens=measured.tokens,
             )
         )
+    if tasks:
+        names = [name for names in tasks for name in names.split(",")]
+        with bar(_("requests")) as progress:
+            results["tasks"] = lm_eval_tasks.evaluate(
+                model, vocabulary, names, few_shot=few_shot, limit=limit, as_chat=as_chat, progress=progress
+            )
+        print_tasks(results["tasks"]["results"])
     if out:
         write_report(out, results)
         typer.echo(_("Results: {path}", path=out))
@@ -106,3 +126,18 @@ def print_samples(samples: list[dict[str, Any]]) -> None:
     for sample in samples:
         mark = "✓" if sample["right"] else "✗ " + _("expected {answer}", answer=sample["expected"])
         typer.echo(f"  User: {sample['user']}\n  Assistant: {sample['assistant']}   {mark}\n")
+
+
+def print_tasks(results: dict[str, dict[str, Any]]) -> None:
+    """The figures of each task, each with its standard error."""
+    from rookery.cli.table import print_table
+
+    rows = []
+    for name, figures in results.items():
+        for metric, value in figures.items():
+            plain, _comma, filtered = metric.partition(",")
+            if isinstance(value, float) and not plain.endswith("_stderr"):
+                error = figures.get(f"{plain}_stderr{_comma}{filtered}")
+                spread = f"± {error:.4f}" if isinstance(error, float) else ""
+                rows.append((name, metric, f"{value:.4f}", spread, str(figures["n"] or "")))
+    print_table(rows, (_("task"), _("measure"), _("value"), "", _("examples")))
