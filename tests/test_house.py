@@ -36,6 +36,7 @@ ORDER = (
     "eval",
     "serve",
     "ui",
+    "bench",
     "cli",
 )
 """A package imports only packages that stand before it here."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import json
-import os
-import platform
 import shutil
 import sys
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import typer
 
+from rookery.bench.machine import machine, processor, version
 from rookery.cli.table import print_table
 from rookery.i18n import _
 
@@ -42,67 +38,6 @@ def examine() -> dict[str, Any]:
         "ops": back_ends(),
     }
     return facts | {"advice": advice(facts)}
-
-
-def machine() -> dict[str, Any]:
-    """Operating system, Python, processor, cores this process may use, and memory in bytes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "system": platform.platform(),
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "processor": processor(),
-        "cores": cores,
-        "memory": memory(),
-        "free_disk": shutil.disk_usage(Path.cwd()).free,
-    }
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    for line in text.splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def memory() -> int | None:
-    """Physical memory in bytes, or None where the system does not tell."""
-    if sys.platform == "win32":
-        return _windows_memory()
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
-
-
-def _windows_memory() -> int:
-    class Status(ctypes.Structure):
-        """MEMORYSTATUSEX of the Windows API."""
-
-        _fields_ = [
-            ("length", ctypes.c_ulong),
-            ("load", ctypes.c_ulong),
-            *(
-                (name, ctypes.c_ulonglong)
-                for name in ("total", "free", "page", "free_page", "virtual", "free_virtual", "extended")
-            ),
-        ]
-
-    status = Status(length=ctypes.sizeof(Status))
-    ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
-    return int(status.total)
-
-
-def version(package: str) -> str | None:
-    """Version of an installed package, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def devices() -> list[dict[str, Any]]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 from model_pieces import VERSIONS, assert_equal, batch_of, gradients, model_of
 from safetensors.torch import load_file
 from torch import Tensor
 
 import rookery.train
+from rookery.bench.live_bytes import LiveBytes
 from rookery.formats import load
 from rookery.models import Model
 from rookery.train.infctx import chunk_losses

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from live_bytes import LiveBytes
 from torch import nn
 
 from rookery.adapters import AdapterConfig, attach
+from rookery.bench.live_bytes import LiveBytes
 from rookery.config import TrainConfig, resolve, rules
 from rookery.config.memory import SAFE, Parameters, Plan, advice, estimate, fits, largest_micro_bsz, remedies, summary
 from rookery.errors import UserError

@@ -1,0 +1,66 @@
+"""What a model costs by its shapes alone, and what the machine could do at most."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+
+import torch
+
+from rookery.bench.timing import wait
+from rookery.models import Model
+from rookery.ops.linear import Linear, linear
+
+LOW_RANK = re.compile(r"blocks\.\d+\.att\.([wavg][12]|time_(maa|decay)_w[12])")
+"""Matrices that are no modules: those of low rank."""
+
+UNREAD = re.compile(r"blocks\.0\.att\.v[12]")
+"""Matrices that a file holds and no token meets."""
+
+LARGE = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the matrices by which the peak is measured."""
+
+FORMULAS = {
+    "mfu": "FLOP a token x tokens a second / peak FLOP a second, by the same clock",
+    "training FLOP a token": "6 x the sum of in x out of all matrices that a token is multiplied with (2 forward, 4 "
+    "backward); no embedding, no recurrence, nothing that grad_cp computes again",
+    "inference FLOP a token": "2 x the same sum",
+    "peak": "the fastest of several products of two square matrices of the same precision on this device, measured in "
+    "the same run, unless it was given",
+}
+
+
+def multiplications(model: Model) -> int:
+    """The sum of in x out of all matrices that every token is multiplied with."""
+    total = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
+    low = ((name, p) for name, p in model.named_parameters() if LOW_RANK.fullmatch(name))
+    return total + sum(p.numel() for name, p in low if not UNREAD.fullmatch(name))
+
+
+def peak_run(device: str, dtype: torch.dtype, size: int = 0) -> tuple[Callable[[], object], float]:
+    """A product of two matrices, and its FLOP."""
+    size = size or LARGE[device]
+    x = torch.randn(size, size, device=device).to(dtype)
+    weight = torch.randn(size, size, device=device).to(dtype)
+
+    @torch.no_grad()
+    def run() -> None:
+        linear(x, weight)
+
+    return run, 2.0 * size**3
+
+
+def peak(device: str, dtype: torch.dtype, rounds: int = 5) -> dict[str, float]:
+    """FLOP a second, by each clock: the most that was seen."""
+    run, flop = peak_run(device, dtype)
+    run()
+    found = {"wall": 0.0, "cpu": 0.0}
+    for _round in range(rounds):
+        wait(device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        wait(device)
+        spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        found = {clock: max(found[clock], flop / max(seconds, 1e-9)) for clock, seconds in spent.items()}
+    return found
