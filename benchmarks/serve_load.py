@@ -1,10 +1,10 @@
 """Load on `rookery serve`: many streams at once, one in three cut off half-way, every other one checked.
 
-    python benchmarks/serve_load.py MODEL [--seconds 60] [--streams 32] [-o FILE.json]
+    python benchmarks/serve_load.py out/demo [--seconds 60] [--streams 32] [-o FILE.json]
 
-Starts the server of MODEL in its own process. Answers are drawn at temperature 0 and must be those that the same
-questions got alone; at the end no slot may be taken, and the server's memory may not have grown by more than its cache
-of states. Written to FILE: requests, tokens a second, seconds until the first token, memory.
+Starts the server of a model (here that of `rookery demo`) in its own process; the visitors share its machine. Answers
+are drawn at temperature 0 and must be those that the same questions got alone; at the end no slot may be taken. Written
+to FILE: answers, tokens a second, seconds until the first token, and the server's memory after each half of the time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from typing import Any
 
 import httpx
 import psutil
+
+from rookery.cli.doctor import processor
+from rookery.formats import read_weights, shape_of
 
 
 @dataclass
@@ -54,8 +57,10 @@ def questions(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def quantile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median and 95th percentile."""
+    ordered = sorted(values)
+    return {f"p{share}": round(ordered[len(ordered) * share // 100], 4) for share in (50, 95)}
 
 
 async def stream(client: httpx.AsyncClient, asked: dict[str, Any], expected: str, cut: bool, tally: Tally) -> None:
@@ -83,10 +88,9 @@ async def stream(client: httpx.AsyncClient, asked: dict[str, Any], expected: str
         tally.wrong.append(f"{asked['prompt']!r}: {text!r} instead of {expected!r}")
 
 
-async def load(url: str, seconds: float, streams: int, seed: int = 0) -> Tally:
+async def load(url: str, seconds: float, streams: int, tally: Tally, seed: int) -> None:
     """Keep `streams` answers going for so many seconds, then let the last ones finish."""
     asked = questions(24)
-    tally = Tally()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         alone = [(await client.post("/v1/completions", json=body)).json()["choices"][0]["text"] for body in asked]
@@ -99,7 +103,6 @@ async def load(url: str, seconds: float, streams: int, seed: int = 0) -> Tally:
                 await stream(client, asked[which], alone[which], source.random() < 1 / 3, tally)
 
         await asyncio.gather(*(visitor(number) for number in range(streams)))
-    return tally
 
 
 def figures(url: str) -> dict[str, float]:
@@ -118,6 +121,12 @@ def settled(url: str, seconds: float = 10) -> dict[str, float]:
         time.sleep(0.05)
 
 
+def shape(model: str) -> str:
+    """Version, layers, width and vocabulary, as in `x070 L3 D96 V315`."""
+    found = shape_of(read_weights(model), model)
+    return f"{found.version} L{found.n_layer} D{found.n_embd} V{found.vocab_size}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -133,13 +142,15 @@ def main() -> None:
         if not found:
             sys.exit("the server did not start")
         url, process = found[0], psutil.Process(server.pid)
-        asyncio.run(load(url, 3, options.streams, seed=1))
-        memory, before, busy = process.memory_info().rss, settled(url), process.cpu_times()
+        asyncio.run(load(url, 3, options.streams, Tally(), seed=0))
+        before, busy = settled(url), process.cpu_times()
+        memory, tally = [process.memory_info().rss], Tally()
         begun = time.perf_counter()
-        tally = asyncio.run(load(url, options.seconds, options.streams))
+        for half in (1, 2):
+            asyncio.run(load(url, options.seconds / 2, options.streams, tally, seed=half))
+            memory.append(process.memory_info().rss)
         took = time.perf_counter() - begun
         after, spent = settled(url), process.cpu_times()
-        grown = process.memory_info().rss - memory
     finally:
         server.terminate()
         status = server.wait(60)
@@ -149,13 +160,13 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "what": f"{options.streams} concurrent streams for {options.seconds:g} s, one in three cut off half-way",
         "machine": {
-            "cpu": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": psutil.cpu_count(),
             "load_average": [round(value, 2) for value in psutil.getloadavg()],
             "system": platform.platform(),
         },
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "fastapi", "uvicorn")}},
-        "model": options.model,
+        "model": {"path": options.model, "shape": shape(options.model)},
         "seconds": round(took, 2),
         "server_cpu_seconds": round(spent.user + spent.system - busy.user - busy.system, 2),
         "answers": {"begun": int(done["answers_total"]), "whole": tally.whole, "cut_off": tally.cut},
@@ -163,19 +174,16 @@ def main() -> None:
         "different_from_alone": len(tally.wrong),
         "completion_tokens": int(tokens),
         "tokens_per_second": round(tokens / took, 1),
-        "first_token_seconds": {"p50": quantile(tally.first, 0.5), "p95": quantile(tally.first, 0.95)},
-        "answer_seconds": {"p50": quantile(tally.seconds, 0.5), "p95": quantile(tally.seconds, 0.95)},
+        "first_token_seconds": quantiles(tally.first),
+        "answer_seconds": quantiles(tally.seconds),
         "left_over": {n: int(after[f"rookery_{n}"]) for n in ("slots_active", "queue", "accepted")},
-        "memory": {
-            "before": memory,
-            "grown": grown,
-            "cache_grown": int(after["rookery_cache_bytes"] - before["rookery_cache_bytes"]),
-        },
+        "megabytes": dict(zip(("before", "half", "end"), (round(m / 1e6, 1) for m in memory), strict=True)),
         "exit_status": status,
     }
     text = json.dumps(record, indent=2, ensure_ascii=False)
     print(text)
-    print("\n".join(tally.wrong[:3]), file=sys.stderr)
+    for line in tally.wrong[:3]:
+        print(line, file=sys.stderr)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
     sys.exit(1 if tally.wrong or any(record["left_over"].values()) else 0)
