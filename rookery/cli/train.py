@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,11 +13,12 @@ import typer
 from rookery.cli.flags import METAVAR, SETTINGS, FlagsCommand, tell
 from rookery.cli.table import print_table
 from rookery.config import parse
+from rookery.config.launcher import find_place
 from rookery.config.tree import TrainConfig
-from rookery.i18n import _
+from rookery.i18n import _, language
 
 if TYPE_CHECKING:
-    from rookery.config import Resolved
+    from rookery.config import Parsed, Resolved
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -28,16 +31,45 @@ def train(
 ) -> None:
     """Train a model. Run the same command again to go on with an interrupted run."""
     parsed = parse(context.args, config)
-    tell(parsed)
+    place = find_place()
+    device = parsed.config.device
+    if place is None and device.devices * device.num_nodes > 1 and not explain:
+        from rookery.cli.launch import launch
+
+        recipe = [] if config is None else ["--config", config]
+        words = ["--lang", language(), "train", *recipe, *context.args]
+        raise typer.Exit(launch(words, device, Path(parsed.config.run.proj_dir)))
+    if place is None or place.rank == 0:
+        tell(parsed)
 
     from rookery.train import prepare, run
 
     if explain:
         print_explanation(prepare(parsed.config, parsed.origins))
         return
+    if place is not None:
+        _run_together(place.rank, parsed)
+        return
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("rookery").setLevel(logging.INFO)
     run(parsed.config, parsed.origins)
+
+
+def _run_together(rank: int, parsed: Parsed) -> None:
+    """Train as one of several processes; rank 0 speaks for all."""
+    from rookery.train import RankLost, run
+
+    if rank == 0:
+        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logging.getLogger("rookery").setLevel(logging.INFO)
+    try:
+        run(parsed.config, parsed.origins)
+    except RankLost as error:
+        if rank == 0:
+            typer.echo(str(error), err=True)
+        sys.stdout.flush()
+        # Whoever waits for a lost rank in the background would keep this process from ending.
+        os._exit(1)
 
 
 def print_explanation(resolved: Resolved) -> None:

@@ -2,6 +2,7 @@
 
 from rookery.train.callbacks import Callback, RunFacts
 from rookery.train.monitor import Record
+from rookery.train.ranks import RankLost
 from rookery.train.run import RunResult, prepare, run
 
-__all__ = ["Callback", "Record", "RunFacts", "RunResult", "prepare", "run"]
+__all__ = ["Callback", "RankLost", "Record", "RunFacts", "RunResult", "prepare", "run"]

@@ -2,6 +2,8 @@
 
 A checkpoint holds what the engine saves (weights, optimiser), `state.json` (step, random number generators and whatever
 else continues) and `sha256sums` in the format of the program of that name. Nothing in it is executed on reading.
+
+With several ranks, all write their files at once, each computes the checksums of its own, and rank 0 does the rest.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+
+from rookery.errors import UserError
+from rookery.train.ranks import ALONE, Ranks
 
 KEEP = 2
 STATE_FILE = "state.json"
@@ -30,45 +36,84 @@ class CorruptCheckpoint(Exception):
     """A file of a checkpoint is missing or not what was written."""
 
 
-def write(root: Path, step: int, state: dict[str, Any], save: Callable[[Path], None]) -> Path:
+def write(root: Path, step: int, state: dict[str, Any], save: Callable[[Path], None], ranks: Ranks = ALONE) -> Path:
     """Writes the checkpoint of `step` under `root` and removes all but the newest two.
 
     Args:
         root: the folder of checkpoints, made if missing.
         step: optimiser steps done.
         state: JSON values that continue the run; the random number generators are added.
-        save: writes the tensors into the folder it is given.
+        save: writes the tensors of this rank into the folder it is given.
+        ranks: call this together.
 
     Returns:
         The checkpoint. One that exists already and is sound is left as it is.
     """
     target = root / f"{_PREFIX}{step:08d}"
-    if target.exists():
+    if ranks.first(target.exists()):
         try:
-            verify(target)
+            verify(target, ranks)
             return target
         except CorruptCheckpoint:
-            shutil.rmtree(target)
-    root.mkdir(parents=True, exist_ok=True)
+            ranks.barrier()
+            if ranks.main:
+                shutil.rmtree(target)
     folder = root / (target.name + _UNFINISHED)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    if ranks.main:
+        root.mkdir(parents=True, exist_ok=True)
+        for left in root.glob(f"*{_UNFINISHED}"):
+            shutil.rmtree(left, ignore_errors=True)
+        folder.mkdir()
+    ranks.barrier()
     try:
-        save(folder)
-        text = json.dumps({"step": step, "random": _random_state(), **state}, allow_nan=False)
-        (folder / STATE_FILE).write_text(text, encoding="utf-8")
-        sums = "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(folder.iterdir()))
-        (folder / SUMS_FILE).write_text(sums, encoding="utf-8")
-        for file in folder.iterdir():
-            _flush_to_disk(file)
-        folder.rename(target)
+        by_rank = ranks.gather((_save(folder, save, ranks), _random_state()))
+        if ranks.main:
+            sums = {name: digest for files, _random in by_rank for name, digest in files.items()}
+            random_states = [random for _files, random in by_rank]
+            _finish(folder, {"step": step, "random": random_states, **state}, sums)
+            folder.rename(target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    _flush_to_disk(root)
-    for old in newest_first(root)[KEEP:]:
-        shutil.rmtree(old)
+    if ranks.main:
+        _flush_to_disk(root)
+        for old in newest_first(root)[KEEP:]:
+            shutil.rmtree(old)
+    ranks.barrier()
     return target
+
+
+def _save(folder: Path, save: Callable[[Path], None], ranks: Ranks) -> dict[str, str]:
+    """Writes this rank's files, down to the disk, and gives their names and checksums.
+
+    Raises:
+        OSError: this rank or another one could not.
+    """
+    error, sums = "", {}
+    try:
+        with ranks.patience():
+            save(folder)
+            # A single rank's files have no rank in their names.
+            mark = "" if ranks.world_size == 1 else f"-{ranks.rank:05d}-of-"
+            for file in sorted(file for file in folder.iterdir() if mark in file.name):
+                sums[file.name] = _sha256(file)
+                _flush_to_disk(file)
+    except (OSError, SafetensorError, UserError) as found:
+        error = str(found)
+    for reason in ranks.gather(error):
+        if reason:
+            raise OSError(reason)
+    return sums
+
+
+def _finish(folder: Path, state: dict[str, Any], sums: dict[str, str]) -> None:
+    """Writes what holds the files of all ranks together."""
+    state_file, sums_file = folder / STATE_FILE, folder / SUMS_FILE
+    state_file.write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+    sums = {**sums, STATE_FILE: _sha256(state_file)}
+    sums_file.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="utf-8")
+    for file in (state_file, sums_file):
+        _flush_to_disk(file)
 
 
 def newest_first(root: Path) -> list[Path]:
@@ -78,8 +123,8 @@ def newest_first(root: Path) -> list[Path]:
     return [root / name for name in sorted(steps, reverse=True)]
 
 
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """Reads every byte of a checkpoint once.
+def verify(checkpoint: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Reads every byte of a checkpoint once; ranks share the files.
 
     Returns:
         The content of its `state.json`.
@@ -87,23 +132,38 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     Raises:
         CorruptCheckpoint: with the file and the reason.
     """
+    error, state = None, {}
     try:
-        lines = (checkpoint / SUMS_FILE).read_text(encoding="utf-8").splitlines()
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        present = {file.name for file in checkpoint.iterdir()} - {SUMS_FILE}
-        if sums.keys() != present:
-            raise CorruptCheckpoint(f"{SUMS_FILE} lists {sorted(sums)}, the folder holds {sorted(present)}")
-        for name, expected in sums.items():
-            if _sha256(checkpoint / name) != expected:
-                raise CorruptCheckpoint(f"{name}: checksum differs")
-        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptCheckpoint(str(error)) from error
+        state = _verify_share(checkpoint, ranks)
+    except (CorruptCheckpoint, OSError, ValueError) as found:
+        error = str(found)
+    for reason in ranks.gather(error):
+        if reason is not None:
+            raise CorruptCheckpoint(reason)
+    return state
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
-    """Puts the generators of Python, NumPy and PyTorch back; `state` is what `verify` returned."""
-    saved = state["random"]
+def _verify_share(checkpoint: Path, ranks: Ranks) -> dict[str, Any]:
+    """Checks this rank's part of the files."""
+    lines = (checkpoint / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    present = {file.name for file in checkpoint.iterdir()} - {SUMS_FILE}
+    if sums.keys() != present:
+        raise CorruptCheckpoint(f"{SUMS_FILE} lists {sorted(sums)}, the folder holds {sorted(present)}")
+    for name in sorted(sums)[ranks.rank :: ranks.world_size]:
+        if _sha256(checkpoint / name) != sums[name]:
+            raise CorruptCheckpoint(f"{name}: checksum differs")
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def restore_random_state(state: dict[str, Any], ranks: Ranks = ALONE) -> None:
+    """Puts the generators of Python, NumPy and PyTorch back; `state` is what `verify` returned.
+
+    Saved by another number of ranks, they stay as they are: only dropout draws from them.
+    """
+    if len(state["random"]) != ranks.world_size:
+        return
+    saved = state["random"][ranks.rank]
     version, numbers, gauss = saved["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = saved["numpy"]

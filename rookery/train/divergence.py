@@ -13,10 +13,12 @@ from rookery.i18n import _
 from rookery.train.loop import Batch, LossFunction, Step
 
 
-def save_batch(step: Step, folder: Path) -> Path:
-    """Writes nan-batch-step-N.safetensors: for each forward pass i of the step `tokens.i` and `targets.i`, (B, T)
-    int64, and, where sequences are packed in the rows, `lengths.i`, (S,) int64."""
-    file = folder / f"nan-batch-step-{step.number}.safetensors"
+def save_batch(step: Step, folder: Path, rank: int | None = None) -> Path:
+    """Writes nan-batch-step-N.safetensors, or nan-batch-step-N-rank-R.safetensors of one of several ranks: for each
+    forward pass i of the step `tokens.i` and `targets.i`, (B, T) int64, and, where sequences are packed in the rows,
+    `lengths.i`, (S,) int64."""
+    of_rank = "" if rank is None else f"-rank-{rank}"
+    file = folder / f"nan-batch-step-{step.number}{of_rank}.safetensors"
     tensors: dict[str, Tensor] = {}
     for i, batch in enumerate(step.batches):
         named = {"tokens": batch.tokens, "targets": batch.targets, "lengths": batch.lengths}

@@ -10,8 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from rookery.config import TrainConfig
 from rookery.errors import Interrupted, UserError
 from rookery.i18n import _
@@ -20,7 +18,8 @@ from rookery.train.callbacks import Callback
 from rookery.train.interrupt import StopRequest
 from rookery.train.loop import Step
 from rookery.train.monitor import Monitor, Record
-from rookery.train.rundir import RunDir
+from rookery.train.ranks import Ranks
+from rookery.train.rundir import RunFiles
 from rookery.train.strategies.engine import Engine
 
 SAVE_SECONDS = 600.0
@@ -63,7 +62,8 @@ class Keeper(Callback):
         progress: Progress,
         *,
         engine: Engine,
-        rundir: RunDir,
+        ranks: Ranks,
+        rundir: RunFiles,
         monitor: Monitor,
         observers: Callback,
         stop: StopRequest,
@@ -76,6 +76,7 @@ class Keeper(Callback):
         Args:
             config: resolved.
             progress: where the training stands; kept up to date here.
+            ranks: all of which decide, save and validate together; rank 0 alone writes the log.
             monitor: flushed before anything is saved, so that a diverged model is never saved.
             validate: computes the validation loss; None when interrupted.
             save_weights: writes the weights for others to use, under a name such as 3, "best" or "final".
@@ -83,6 +84,7 @@ class Keeper(Callback):
         self.progress = progress
         self._config = config
         self._engine = engine
+        self._ranks = ranks
         self._rundir = rundir
         self._monitor = monitor
         self._observers = observers
@@ -104,9 +106,12 @@ class Keeper(Callback):
     def __call__(self, step: Step) -> None:
         epoch_ends = step.number % self._epoch_steps == 0
         finished = step.number == self._total_steps
-        checkpoint_due = self._checkpoint_due(step.number, epoch_ends)
+        # What one rank alone knows, signals and its clock, all must act upon at the same step.
+        stopping, checkpoint_due = self._ranks.any(
+            self._stop.made, self._ranks.main and self._checkpoint_due(step.number, epoch_ends)
+        )
         validation_due = self._validate is not None and self._validation_due(step.number, epoch_ends or finished)
-        if not (epoch_ends or finished or checkpoint_due or validation_due or self._stop.made):
+        if not (epoch_ends or finished or checkpoint_due or validation_due or stopping):
             return
         self._monitor.flush()
         if validation_due:
@@ -116,11 +121,12 @@ class Keeper(Callback):
             self._end_epoch(step.number, whole=epoch_ends)
         if finished or early:
             self._save_weights("final")
-        if checkpoint_due or finished or early or self._stop.made:
+        (stopping,) = self._ranks.any(self._stop.made)  # validation may have taken long
+        if checkpoint_due or finished or early or stopping:
             self.save_checkpoint()
         if early:
             raise StoppedEarly
-        if self._stop.made and not finished:
+        if stopping and not finished:
             raise Interrupted(
                 _("Stopped and saved at step {step}. The same command goes on from here.", step=step.number)
             )
@@ -163,8 +169,9 @@ class Keeper(Callback):
         epoch_of_run = epoch - self.progress.run_first_step // self._epoch_steps
         loss = self.progress.epoch_loss / max(1, self.progress.epoch_count)
         perplexity = math.exp(min(loss, 700.0))
-        with self._rundir.log_file.open("a", encoding="utf-8") as log:
-            log.write(f"{epoch} {loss:.6f} {perplexity:.4f} {self._lr:.8f} {datetime.now()} {epoch_of_run}\n")
+        if self._ranks.main:
+            with self._rundir.log_file.open("a", encoding="utf-8") as log:
+                log.write(f"{epoch} {loss:.6f} {perplexity:.4f} {self._lr:.8f} {datetime.now()} {epoch_of_run}\n")
         self.progress.epoch_loss, self.progress.epoch_count = 0.0, 0
         every = self._config.run.epoch_save
         last = step + self._epoch_steps > self._total_steps
@@ -174,7 +181,8 @@ class Keeper(Callback):
 
     def _save_weights(self, name: str | int) -> None:
         self._observers.on_phase("saving")
-        self._write_weights(name)
+        with self._ranks.patience():
+            self._write_weights(name)
 
     def save_checkpoint(self) -> None:
         """Saves everything needed to go on exactly from here.
@@ -185,8 +193,10 @@ class Keeper(Callback):
         self._observers.on_phase("saving")
         self.progress.engine = self._engine.state_dict()
         try:
-            checkpoint.write(self._rundir.checkpoints, self.progress.step, vars(self.progress), self._engine.save)
-        except (OSError, SafetensorError) as error:
+            checkpoint.write(
+                self._rundir.checkpoints, self.progress.step, vars(self.progress), self._engine.save, self._ranks
+            )
+        except OSError as error:
             raise UserError(
                 _(
                     "cannot save a checkpoint in {folder}: {reason}. Earlier checkpoints are untouched; "

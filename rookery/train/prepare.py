@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rookery.config import Origins, Resolved, TrainConfig, origins_of, parse, resolve, with_custom
+from rookery.config import Origin, Origins, Resolved, TrainConfig, origins_of, parse, resolve, with_custom
 from rookery.data import Dataset, open_datasets
+from rookery.errors import UserError
 from rookery.formats import weight_file
+from rookery.i18n import _
 from rookery.tokenizer import load_beside
 from rookery.train.device import device_facts
+from rookery.train.ranks import ALONE, Ranks
 from rookery.train.rundir import RunFiles
 from rookery.train.start import Start, find_start
-from rookery.train.strategies import check_devices
 
 
 @dataclass(frozen=True)
@@ -26,23 +28,31 @@ class Preparation:
 
 
 def prepare_run(
-    config: TrainConfig, origins: Origins | None, files: RunFiles, report: Callable[[str], None]
+    config: TrainConfig,
+    origins: Origins | None,
+    files: RunFiles,
+    report: Callable[[str], None],
+    ranks: Ranks | None = None,
 ) -> Preparation:
     """Find everything out; nothing is written.
 
     Args:
         report: told about each file that had to be passed over.
+        ranks: those that will train; None: nothing is trained, and what is asked for is believed.
 
     Raises:
         UserError: data or weights are missing, or do not fit what was asked for.
     """
-    check_devices(config.device)
-    config, origins, notes = with_custom(config, origins_of(config) if origins is None else origins)
+    origins = origins_of(config) if origins is None else origins
+    if ranks is not None:
+        config, origins = _with_devices(config, origins, ranks)
+    ranks = ranks or ALONE
+    config, origins, notes = with_custom(config, origins)
     if not config.run.micro_bsz and files.config_file.exists():
         # What fitted when the run began decides its samples, whatever is free now.
         begun = parse([], files.config_file).config.run.micro_bsz
         config = config.model_copy(update={"run": config.run.model_copy(update={"micro_bsz": begun})})
-    start = find_start(config, files, report)
+    start = find_start(config, files, report, ranks)
     model_facts = start.model_facts()
     # 0 asks for a character vocabulary, whatever it was found to be in an earlier session.
     vocab_size = config.model.vocab_size
@@ -60,12 +70,56 @@ def prepare_run(
         seed=max(0, config.run.random_seed),
         random_places=config.run.train_stage == 4,
     )
+    facts = device_facts()
+    if facts["accelerator"] == "cpu" or config.device.accelerator == "cpu":
+        facts["free"] //= ranks.local_size
+    facts["free"] = ranks.least(facts["free"])  # all must take the same batch
     resolved = resolve(
         config,
         origins,
         model_facts=model_facts,
         adapter_facts=start.adapter_facts(),
         data_facts=vars(dataset.facts),
-        device_facts=device_facts(),
+        device_facts=facts,
     )
+    _check_agreement(ranks, str(start.checkpoint), resolved.config)
     return Preparation(start, dataset, validation, resolved._replace(notes=[*notes, *resolved.notes]))
+
+
+def _with_devices(config: TrainConfig, origins: Origins, ranks: Ranks) -> tuple[TrainConfig, Origins]:
+    """The configuration with as many devices and machines as whatever started the processes gave.
+
+    Raises:
+        UserError: several devices are asked for, and nothing started a process for each.
+    """
+    device = config.device
+    if ranks.world_size == 1 and device.devices * device.num_nodes > 1:
+        raise UserError(
+            _(
+                "--devices {devices} --num_nodes {nodes}: each device needs a process of its own, and this one was "
+                "started alone. `rookery train` starts those of one machine itself; for more, see docs/en/cluster.md.",
+                devices=device.devices,
+                nodes=device.num_nodes,
+            )
+        )
+    given = {"devices": ranks.local_size, "num_nodes": ranks.world_size // ranks.local_size}
+    changed = [leaf for leaf, number in given.items() if getattr(device, leaf) != number]
+    origins = origins | {leaf: Origin("device", ranks.launcher) for leaf in changed}
+    return config.model_copy(update={"device": device.model_copy(update=given)}), origins
+
+
+def _check_agreement(ranks: Ranks, *found: object) -> None:
+    """
+    Raises:
+        UserError: the ranks, which read the same files, did not find the same in them.
+    """
+    by_rank = ranks.gather(found)
+    others = [rank for rank, other in enumerate(by_rank) if other != by_rank[0]]
+    if others:
+        raise UserError(
+            _(
+                "rank {rank} finds other files than rank 0: all machines must see the same data_file, load_model and "
+                "proj_dir, on a file system that they share",
+                rank=others[0],
+            )
+        )

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from rookery.config import Origins, Resolved, TrainConfig, differences, parse, to_toml
+from rookery.config.launcher import find_place
 from rookery.config.memory import Plan, advice
 from rookery.config.tree import RunSection
 from rookery.data import Dataset, open_dataset
@@ -38,6 +39,7 @@ from rookery.train.optim import build_optimizer, parameter_groups
 from rookery.train.precision import DTYPES, set_matmul_precision
 from rookery.train.prepare import prepare_run
 from rookery.train.progress import display
+from rookery.train.ranks import RankLost, Ranks, joined
 from rookery.train.rundir import Phase, RunDir, RunFiles, replace_text
 from rookery.train.schedule import Schedule
 from rookery.train.start import Start
@@ -83,6 +85,9 @@ def run(config: TrainConfig, origins: Origins | None = None, *, callbacks: Itera
     Ctrl-C and SIGTERM finish the step and save; the same call then goes on so that on a CPU all losses are those of an
     uninterrupted run, bit for bit.
 
+    In a process that torchrun, SLURM or MPI started together with others, it trains together with them: every one of
+    them calls this, and rank 0 writes the files.
+
     Args:
         config: what to train; open values are found from data, checkpoint and machine.
         origins: where its values came from, as `rookery.config.parse` tells, for messages.
@@ -92,15 +97,21 @@ def run(config: TrainConfig, origins: Origins | None = None, *, callbacks: Itera
         UserError: something asked for is wrong or impossible, the run directory is in use or belongs to another
             configuration, the disk is full, or the training diverged.
         Interrupted: stopped on request, with everything saved.
+        RankLost: another of several processes died, hung or failed.
     """
-    rundir = RunDir(config.run.proj_dir)
-    observers = Observers([display(), *callbacks])
+    rundir: RunFiles = RunFiles(config.run.proj_dir)
+    observers = Observers([])
     phase: Phase = "failed"
     reason = ""
     stop = StopRequest()
     try:
-        with stop:
-            result = _run(config, origins, rundir, observers, stop)
+        with stop, joined(find_place(), config.device.accelerator) as ranks:
+            if ranks.main:
+                rundir = RunDir(rundir.path)
+                observers = Observers([display(), *callbacks])
+            if ranks.watch is not None:
+                ranks.watch.on_end = partial(observers.on_end, "failed")
+            result = _run(config, origins, rundir, observers, stop, ranks)
         phase, reason = "done", result.exit_reason
         return result
     except Interrupted as error:
@@ -109,7 +120,7 @@ def run(config: TrainConfig, origins: Origins | None = None, *, callbacks: Itera
     except KeyboardInterrupt:
         phase, reason = "stopped", _("Stopped at once. The same command goes on from the last checkpoint.")
         raise Interrupted(reason) from None
-    except UserError as error:
+    except (UserError, RankLost) as error:
         reason = str(error)
         raise
     except BaseException as error:
@@ -126,15 +137,22 @@ def run(config: TrainConfig, origins: Origins | None = None, *, callbacks: Itera
     finally:
         with suppress(OSError):  # on a full disk, why the run ended matters more than a last line
             observers.on_end(phase, reason)
-        rundir.close()
+        if isinstance(rundir, RunDir):
+            rundir.close()
 
 
 def _run(
-    config: TrainConfig, origins: Origins | None, rundir: RunDir, observers: Observers, stop: StopRequest
+    config: TrainConfig,
+    origins: Origins | None,
+    rundir: RunFiles,
+    observers: Observers,
+    stop: StopRequest,
+    ranks: Ranks,
 ) -> RunResult:
-    observers.add(StatusFile(rundir))
+    if isinstance(rundir, RunDir):
+        observers.add(StatusFile(rundir))
     observers.on_phase("preparing")
-    prepared = prepare_run(config, origins, rundir, observers.on_message)
+    prepared = prepare_run(config, origins, rundir, observers.on_message, ranks)
     start, dataset = prepared.start, prepared.dataset
     config = prepared.resolved.config
     for note in [*dataset.notes, *prepared.resolved.notes]:
@@ -143,25 +161,27 @@ def _run(
         check_memory(config, observers.on_message)
     if start.checkpoint is not None:
         _refuse_other_configuration(rundir, config)
-    replace_text(rundir.config_file, to_toml(config, origins=prepared.resolved.origins))
-    dataset.save_vocabulary(rundir.path)
+    ranks.barrier()  # nothing was written yet, so that all have found the same
+    if ranks.main:
+        replace_text(rundir.config_file, to_toml(config, origins=prepared.resolved.origins))
+        dataset.save_vocabulary(rundir.path)
 
-    _set_seeds(config.run.random_seed)
+    _set_seeds(config.run.random_seed + ranks.rank)
     set_matmul_precision(str(config.run.precision))
     keep_freed_memory()
-    model = build_model(config, start, rundir)
+    model = build_model(config, start, rundir, ranks)
     if config.run.train_stage == 1:
         file = rundir.weights_file("init")
         return RunResult(0, None, None, 0, rundir.path, file, _("initial weights are in {file}", file=file))
-    engine = _build_engine(config, model)
-    progress = _restore(config, start, engine)
-    weights = WeightFiles(config, start, rundir, engine)
+    engine = _build_engine(config, model, ranks)
+    progress = _restore(config, start, engine, ranks)
+    weights = WeightFiles(config, start, rundir, engine, ranks)
     validation = prepared.validation
     del start, prepared  # closes the mapped weight files: Windows could not remove an old checkpoint else
-    return _train(config, dataset, validation, engine, weights, progress, rundir, observers, stop)
+    return _train(config, dataset, validation, engine, weights, progress, rundir, observers, stop, ranks)
 
 
-def _refuse_other_configuration(rundir: RunDir, config: TrainConfig) -> None:
+def _refuse_other_configuration(rundir: RunFiles, config: TrainConfig) -> None:
     """
     Raises:
         UserError: the run directory belongs to a run that would give other losses.
@@ -188,7 +208,7 @@ def _set_seeds(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _build_engine(config: TrainConfig, model: Model) -> Engine:
+def _build_engine(config: TrainConfig, model: Model, ranks: Ranks) -> Engine:
     device = torch.device("cpu" if config.device.accelerator == "cpu" else "cuda")
     optim = config.optim
     groups = parameter_groups(
@@ -201,17 +221,19 @@ def _build_engine(config: TrainConfig, model: Model) -> Engine:
     )
     build = partial(build_optimizer, groups=groups, betas=(optim.beta1, optim.beta2), eps=float(optim.adam_eps or 0))
     dtype = DTYPES[str(config.run.precision)]
-    return create_engine(model.to(device), build, dtype=dtype, grad_clip=optim.grad_clip)
+    return create_engine(
+        model.to(device), build, dtype=dtype, grad_clip=optim.grad_clip, settings=config.device, ranks=ranks
+    )
 
 
-def _restore(config: TrainConfig, start: Start, engine: Engine) -> Progress:
+def _restore(config: TrainConfig, start: Start, engine: Engine, ranks: Ranks) -> Progress:
     """Puts engine and generators where the checkpoint left them."""
     if start.checkpoint is None or start.state is None:
         first_step = start.epoch * int(config.run.epoch_steps or 0)
         return Progress(run_first_step=first_step, step=first_step)
     engine.load(start.checkpoint)
     engine.load_state_dict(start.state["engine"])
-    checkpoint.restore_random_state(start.state)
+    checkpoint.restore_random_state(start.state, ranks)
     return Progress(**{field.name: start.state[field.name] for field in fields(Progress)})
 
 
@@ -240,13 +262,14 @@ def _train(
     engine: Engine,
     weights: WeightFiles,
     progress: Progress,
-    rundir: RunDir,
+    rundir: RunFiles,
     observers: Observers,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> RunResult:
     """From where `progress` stands to the last step."""
     run = config.run
-    samples_per_step = engine.world_size * run.micro_bsz * run.accumulate_grad_batches
+    samples_per_step = ranks.world_size * run.micro_bsz * run.accumulate_grad_batches
     tokens_per_step = samples_per_step * config.data.ctx_len
     epoch_steps = int(run.epoch_steps or 0)
     schedule = _schedule(config, tokens_per_step, progress.run_first_step)
@@ -270,9 +293,10 @@ def _train(
         observers.on_message(reason)
         return result(reason)
 
-    rundir.forget_after(progress.step, epoch=progress.step // epoch_steps)
-    _log_new_run(config, rundir)
-    observers.add(MetricsFile(rundir.metrics_file, config.log.log_every))
+    if isinstance(rundir, RunDir):
+        rundir.forget_after(progress.step, epoch=progress.step // epoch_steps)
+        _log_new_run(config, rundir)
+        observers.add(MetricsFile(rundir.metrics_file, config.log.log_every))
 
     loss_function = _loss_function(run)
     monitor = Monitor(engine, observers.on_record, tokens_per_step=tokens_per_step, total_steps=schedule.total_steps)
@@ -280,11 +304,12 @@ def _train(
         config,
         progress,
         engine=engine,
+        ranks=ranks,
         rundir=rundir,
         monitor=monitor,
         observers=observers,
         stop=stop,
-        validate=_validator(config, validation, engine, loss_function, stop),
+        validate=_validator(config, validation, engine, loss_function, stop, ranks),
         save_weights=weights.write,
         epoch_steps=epoch_steps,
         total_steps=schedule.total_steps,
@@ -301,7 +326,9 @@ def _train(
         trained_parameters=sum(p.numel() for p in engine.model.parameters() if p.requires_grad),
         device=str(engine.device),
     )
-    _announce(facts, engine.device, observers)
+    if ranks.main:
+        with ranks.patience():  # Weights & Biases may ask for a login
+            _announce(facts, engine.device, observers)
     stop.deferred = True
     monitor.restart_clock()
     try:
@@ -313,8 +340,8 @@ def _train(
                 progress.step * samples_per_step,
                 run.micro_bsz,
                 engine.device,
-                rank=engine.rank,
-                world_size=engine.world_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
                 num_workers=config.data.num_workers,
             ),
             schedule,
@@ -337,7 +364,7 @@ def _train(
         observers.on_message(reason)
         return result(reason)
     except Diverged as error:
-        raise UserError(_explain(error, engine, loss_function, rundir)) from error
+        raise UserError(_explain(error, config, engine, loss_function, rundir, ranks)) from error
     reason = _("trained {steps} steps; the model is {file}", steps=progress.step, file=final)
     observers.on_message(reason)
     return result(reason)
@@ -354,12 +381,17 @@ def _open_training_data(config: TrainConfig) -> Dataset:
 
 
 def _validator(
-    config: TrainConfig, dataset: Dataset | None, engine: Engine, loss_function: LossFunction, stop: StopRequest
+    config: TrainConfig,
+    dataset: Dataset | None,
+    engine: Engine,
+    loss_function: LossFunction,
+    stop: StopRequest,
+    ranks: Ranks,
 ) -> Callable[[], float | None] | None:
     """Computes the validation loss, if there are data for it."""
     if dataset is None:
         return None
-    validation = Validation(dataset, config.run.micro_bsz, engine.device)
+    validation = Validation(dataset, config.run.micro_bsz, engine.device, ranks)
     return lambda: validation.loss(engine.model, loss_function, lambda: stop.made)
 
 
@@ -382,10 +414,16 @@ def _loss_function(run: RunSection) -> LossFunction:
     return partial(chunk_losses, chunk_ctx=run.chunk_ctx, full=run.infctx_grad == "full", head_chunk=run.head_chunk)
 
 
-def _explain(error: Diverged, engine: Engine, loss_function: LossFunction, rundir: RunDir) -> str:
+def _explain(
+    error: Diverged, config: TrainConfig, engine: Engine, loss_function: LossFunction, rundir: RunFiles, ranks: Ranks
+) -> str:
     """Saves the batch that made the training diverge, and says what the user can do."""
     step = error.step
-    file = divergence.save_batch(step, rundir.path)
+    # With several ranks, which of them was first is not known: each saves its own.
+    file = divergence.save_batch(step, rundir.path, ranks.rank if ranks.world_size > 1 else None)
+    tensor = _("not searched for with strategy {strategy}", strategy=config.device.strategy)
+    if config.device.strategy in ("single", "ddp"):  # a rank can repeat the step without the others
+        tensor = divergence.first_bad_tensor(engine.model, loss_function, step.batches)
     return _(
         "step {step} is not finite (loss {loss}, gradient norm {norm}); first bad tensor: {tensor}. Its batch is in "
         "{file}, the last good checkpoint is untouched. Lower lr_init, raise warmup_steps, or use --precision bf16 "
@@ -393,12 +431,12 @@ def _explain(error: Diverged, engine: Engine, loss_function: LossFunction, rundi
         step=step.number,
         loss=step.loss.item(),
         norm=step.grad_norm.item(),
-        tensor=divergence.first_bad_tensor(engine.model, loss_function, step.batches),
+        tensor=tensor,
         file=file,
     )
 
 
-def _log_new_run(config: TrainConfig, rundir: RunDir) -> None:
+def _log_new_run(config: TrainConfig, rundir: RunFiles) -> None:
     """The head of RWKV-LM's train_log.txt: time and settings of this session."""
     settings = flat(config)
     with rundir.log_file.open("a", encoding="utf-8") as log:

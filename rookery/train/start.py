@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rookery.config import TrainConfig
@@ -15,8 +16,9 @@ from rookery.formats import AdapterFile, read_adapter, read_weights, shape_of
 from rookery.i18n import _
 from rookery.models import ModelShape
 from rookery.train import checkpoint
+from rookery.train.ranks import Ranks
 from rookery.train.rundir import RunFiles
-from rookery.train.strategies.single import WEIGHTS_FILE
+from rookery.train.strategies.pieces import WEIGHTS, Pieces, has_pieces
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Start:
         }
 
 
-def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], None]) -> Start:
+def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], None], ranks: Ranks) -> Start:
     """The newest sound checkpoint; else, from stage 2 on, the newest sound rwkv-N.pth of the run directory, where
     RWKV-LM's trainer goes on; else `load_model`; else rwkv-init.pth (stage 2 on); else nothing.
 
@@ -69,15 +71,16 @@ def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], Non
 
     Args:
         report: told about each file that had to be passed over.
+        ranks: read the checkpoints' files together.
 
     Raises:
         UserError: no file of the run directory can be read, or fine-tuning has no model to begin with.
     """
     load_model, stage = config.model.load_model, config.run.train_stage
     if (config.adapter.peft != "none" or config.adapter.adapter_load) and stage != 1:
-        return _find_fine_tuning(config, files, report)
+        return _find_fine_tuning(config, files, report, ranks)
     if stage != 1:
-        for found in _checkpoints(files, report):
+        for found in _checkpoints(files, report, ranks):
             return found
     damaged = ""
     if stage >= 2:
@@ -106,16 +109,16 @@ def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], Non
     return Start(epoch=config.run.epoch_begin)
 
 
-def _find_fine_tuning(config: TrainConfig, files: RunFiles, report: Callable[[str], None]) -> Start:
+def _find_fine_tuning(config: TrainConfig, files: RunFiles, report: Callable[[str], None], ranks: Ranks) -> Start:
     """The start of a training that leaves the model's weights as they are."""
     base = Path(config.model.load_model or files.weights_file("init"))
     if not config.model.load_model and not base.exists():
         raise UserError(_("peft {peft} begins with a trained model: give --load_model", peft=config.adapter.peft))
     tensors = _merged_init_state(read_weights(base), files)
     if config.adapter.peft == "state":
-        return _find_states(config, files, report, Start(base, tensors, epoch=config.run.epoch_begin))
+        return _find_states(config, files, report, Start(base, tensors, epoch=config.run.epoch_begin), ranks)
     new = Start(base, tensors, epoch=config.run.epoch_begin)
-    for found in _checkpoints(files, report):
+    for found in _checkpoints(files, report, ranks):
         return replace(
             _with_adapter(new, files.adapter_file("init"), config), checkpoint=found.checkpoint, state=found.state
         )
@@ -133,10 +136,12 @@ def _with_adapter(new: Start, path: Path, config: TrainConfig) -> Start:
     return replace(new, adapter=found.fitted(new.tensors or {}, new.file or Path()))
 
 
-def _find_states(config: TrainConfig, files: RunFiles, report: Callable[[str], None], new: Start) -> Start:
+def _find_states(
+    config: TrainConfig, files: RunFiles, report: Callable[[str], None], new: Start, ranks: Ranks
+) -> Start:
     """The start of a state tuning; `new` is that of its first session."""
     tensors = new.tensors or {}
-    for found in _checkpoints(files, report):
+    for found in _checkpoints(files, report, ranks):
         return replace(found, file=new.file, tensors=tensors | (found.tensors or {}))
     for number, file in files.numbered_weights():
         if number < 0:
@@ -151,16 +156,23 @@ def _find_states(config: TrainConfig, files: RunFiles, report: Callable[[str], N
     return new
 
 
-def _checkpoints(files: RunFiles, report: Callable[[str], None]) -> Iterator[Start]:
+def _checkpoints(files: RunFiles, report: Callable[[str], None], ranks: Ranks) -> Iterator[Start]:
     """The sound checkpoints of a run, newest first."""
     for folder in checkpoint.newest_first(files.checkpoints):
         try:
-            state = checkpoint.verify(folder)
+            state = checkpoint.verify(folder, ranks)
         except checkpoint.CorruptCheckpoint as error:
             report(_("{folder} is damaged ({reason}) and is passed over", folder=folder, reason=error))
             continue
-        file = folder / WEIGHTS_FILE
-        yield Start(file, read_weights(file), folder, state)
+        file = folder / f"{WEIGHTS}.safetensors"
+        yield Start(file, _sizes(folder) if has_pieces(folder) else read_weights(file), folder, state)
+
+
+def _sizes(folder: Path) -> dict[str, Tensor]:
+    """Weights that lie in pieces, of which the engine reads later what its rank needs: tensors of their sizes, which
+    take no memory as long as nobody writes into them."""
+    with Pieces(folder, WEIGHTS) as pieces:
+        return {name: torch.empty(shape) for name, shape in pieces.shapes.items()}
 
 
 def _merged_init_state(tensors: dict[str, Tensor], files: RunFiles) -> dict[str, Tensor]:

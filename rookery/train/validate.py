@@ -10,33 +10,42 @@ from torch import nn
 from rookery.data import Dataset
 from rookery.train.batches import to_device
 from rookery.train.loop import Batch, LossFunction
+from rookery.train.ranks import Ranks
 
 
 class Validation:
-    """Mean loss over every window of a data set, always in the same order."""
+    """Mean loss over every window of a data set, always in the same order; ranks share the batches."""
 
-    def __init__(self, dataset: Dataset, batch_size: int, device: torch.device) -> None:
+    def __init__(self, dataset: Dataset, batch_size: int, device: torch.device, ranks: Ranks) -> None:
         self._dataset = dataset
         self._batch_size = batch_size
         self._device = device
+        self._ranks = ranks
 
     @torch.no_grad()
     def loss(self, model: nn.Module, loss_function: LossFunction, interrupted: Callable[[], bool]) -> float | None:
         """Mean over all trained targets; None when `interrupted` says so in between."""
-        total, trained = 0.0, 0
+        total, trained = 0.0, 0.0
         model.eval()
         try:
-            for batch in self._batches():
-                if interrupted():
+            for batch, counts in self._batches():
+                if any(self._ranks.any(interrupted())):
                     return None
-                total += sum(part.loss.item() * part.trained for part in loss_function(model, batch))
-                trained += batch.trained
+                loss = sum(part.loss.item() * part.trained for part in loss_function(model, batch))
+                if counts:
+                    total += loss
+                    trained += batch.trained
         finally:
             model.train()
+        total, trained = self._ranks.sums(total, trained)
         return total / max(1, trained)
 
-    def _batches(self) -> Iterator[Batch]:
-        samples = self._dataset.facts.samples
-        for first in range(0, samples, self._batch_size):
-            numbers = range(first, min(first + self._batch_size, samples))
-            yield to_device(self._dataset.batch(numbers), first, self._device)
+    def _batches(self) -> Iterator[tuple[Batch, bool]]:
+        """This rank's batches, and whether each counts: all ranks get equally many, some of them for nothing."""
+        samples, size, ranks = self._dataset.facts.samples, self._batch_size, self._ranks
+        for first in range(0, samples, size * ranks.world_size):
+            own = first + ranks.rank * size
+            counts = own < samples
+            start = own if counts else 0
+            numbers = range(start, min(start + size, samples))
+            yield to_device(self._dataset.batch(numbers), start, self._device), counts

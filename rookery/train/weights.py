@@ -10,21 +10,22 @@ from torch import nn
 
 from rookery.adapters import AdapterConfig, adapter_tensors, attach, attached, initial_factors
 from rookery.config import TrainConfig
-from rookery.formats import Base, assign, combine, write_adapter, write_pth
+from rookery.formats import Base, assign, combine, write_adapter, write_pth, write_weights
 from rookery.formats.merge import merge
 from rookery.models import Model, ModelShape, create, initialise
 from rookery.quant import quantise
 from rookery.train.precision import DTYPES
+from rookery.train.ranks import Ranks
 from rookery.train.rundir import RunFiles
 from rookery.train.start import Start
 from rookery.train.strategies import Engine
 
 
-def build_model(config: TrainConfig, start: Start, files: RunFiles) -> Model:
+def build_model(config: TrainConfig, start: Start, files: RunFiles, ranks: Ranks) -> Model:
     """The model on the CPU. What trains has fp32 weights; what does not has no gradient.
 
     A new one, and one that stage 1 makes of another, is written to rwkv-init.pth and begins as that file says; so it is
-    with a new adapter and adapter-init.safetensors.
+    with a new adapter and adapter-init.safetensors. Every rank makes the same; rank 0 writes.
     """
     shape = ModelShape.of_config(config.model)
     is_new = start.shape is None or config.run.train_stage == 1
@@ -32,14 +33,16 @@ def build_model(config: TrainConfig, start: Start, files: RunFiles) -> Model:
         # Some ranks have no leaf, and those of a released model follow no rule.
         shape = replace(start.shape, parts=shape.parts, head_size_divisor=shape.head_size_divisor)
     if config.adapter.peft != "none" and not is_new:
-        model = _fine_tuned_model(config, start, shape, files)
+        model = _fine_tuned_model(config, start, shape, files, ranks)
     else:
-        model = _whole_model(config, start, shape, is_new, files.weights_file("init"))
+        model = _whole_model(config, start, shape, is_new, files.weights_file("init"), ranks)
     model.grad_cp = bool(config.run.grad_cp)
     return model.train()
 
 
-def _whole_model(config: TrainConfig, start: Start, shape: ModelShape, is_new: bool, init_file: Path) -> Model:
+def _whole_model(
+    config: TrainConfig, start: Start, shape: ModelShape, is_new: bool, init_file: Path, ranks: Ranks
+) -> Model:
     """A model all of which trains."""
     model = create(shape, kernel=config.run.kernel, dropout=config.optim.dropout)
     tensors = start.tensors or {}
@@ -48,7 +51,8 @@ def _whole_model(config: TrainConfig, start: Start, shape: ModelShape, is_new: b
         dtype = DTYPES[str(config.run.precision)]
         initial = combine(model.state_dict(), tensors, str(start.file))
         initial = {name: tensor.to(dtype) for name, tensor in initial.items()}
-        write_pth(init_file, initial)
+        if ranks.main:
+            write_pth(init_file, initial)
         model.load_state_dict(initial)
         return model
     if config.model.load_partial:
@@ -58,7 +62,7 @@ def _whole_model(config: TrainConfig, start: Start, shape: ModelShape, is_new: b
     return model
 
 
-def _fine_tuned_model(config: TrainConfig, start: Start, shape: ModelShape, files: RunFiles) -> Model:
+def _fine_tuned_model(config: TrainConfig, start: Start, shape: ModelShape, files: RunFiles, ranks: Ranks) -> Model:
     """A frozen model with states or an adapter that train. Its weights stay those of the mapped file as long as they
     can, so that even the base of a quantised training is never in memory as a whole."""
     tensors = start.tensors or {}
@@ -69,7 +73,7 @@ def _fine_tuned_model(config: TrainConfig, start: Start, shape: ModelShape, file
     if config.adapter.peft == "state":
         _add_states(model)
     else:
-        _add_adapter(model, config, start, files)
+        _add_adapter(model, config, start, files, ranks)
     if config.adapter.quant != "none":
         quantise(model, config.adapter.quant, low_rank=initial_factors(model))
     for parameter in model.parameters():
@@ -87,13 +91,13 @@ def _add_states(model: Model) -> None:
         block.att.time_state.requires_grad_(True)
 
 
-def _add_adapter(model: Model, config: TrainConfig, start: Start, files: RunFiles) -> None:
+def _add_adapter(model: Model, config: TrainConfig, start: Start, files: RunFiles, ranks: Ranks) -> None:
     wanted = AdapterConfig.of_section(config.adapter)
     if start.adapter is None:
         attach(model, wanted, seed=config.run.random_seed)
     else:
         attach(model, replace(start.adapter.config, dropout=wanted.dropout), tensors=start.adapter.tensors)
-    if start.checkpoint is None:
+    if start.checkpoint is None and ranks.main:
         base = Base.of(start.tensors or {}, start.file or Path())
         write_adapter(files.adapter_file("init"), adapter_tensors(model), attached(model)["default"].config, base)
 
@@ -102,10 +106,11 @@ class WeightFiles:
     """Writes what a run has trained, for other tools: rwkv-N.pth with the whole model or, of a state-tuned one, the
     states alone; adapter-N.safetensors of an adapter, and with `merge` rwkv-N.pth beside it."""
 
-    def __init__(self, config: TrainConfig, start: Start, files: RunFiles, engine: Engine) -> None:
+    def __init__(self, config: TrainConfig, start: Start, files: RunFiles, engine: Engine, ranks: Ranks) -> None:
         self._config = config
         self._files = files
         self._engine = engine
+        self._ranks = ranks
         self._base_file = start.file
         self._base = None
         if config.adapter.peft not in ("none", "state"):
@@ -116,15 +121,18 @@ class WeightFiles:
         return self._files.weights_file(name) if self._base is None else self._files.adapter_file(name)
 
     def write(self, name: str | int) -> Path:
-        """Write the weights as they are now."""
+        """Write the weights as they are now. All ranks call this together, and rank 0 writes, tensor by tensor."""
         file = self.file(name)
-        weights = self._engine.weights()
+        tensors = self._engine.trained_weights()
+        if not self._ranks.main:
+            for tensor in tensors:
+                tensor.produce()
+            return file
         if self._base is None:
-            if self._config.adapter.peft == "state":
-                weights = {key: tensor for key, tensor in weights.items() if key.endswith(".att.time_state")}
-            write_pth(file, weights)
+            write_weights(file, tensors)
             return file
         model: Model = self._engine.model  # type: ignore[assignment]
+        weights = {tensor.name: tensor.produce().cpu() for tensor in tensors}
         write_adapter(file, adapter_tensors(model, weights=weights), attached(model)["default"].config, self._base)
         if self._config.adapter.merge and self._base_file is not None:
             merge(self._base_file, file, self._files.weights_file(name))

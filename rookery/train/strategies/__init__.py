@@ -8,28 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rookery.config.tree import DeviceSection
-from rookery.errors import UserError
-from rookery.i18n import _
+from rookery.train.ranks import ALONE, Ranks
 from rookery.train.strategies.engine import Engine
 from rookery.train.strategies.single import SingleDevice
 
-__all__ = ["Engine", "SingleDevice", "check_devices", "create_engine"]
-
-
-def check_devices(device: DeviceSection) -> None:
-    """
-    Raises:
-        UserError: more devices are asked for than any strategy here can use.
-    """
-    if device.devices * device.num_nodes > 1:
-        raise UserError(
-            _(
-                "--devices {devices} --num_nodes {nodes}: training on several devices comes with a later version of "
-                "Rookery; this one uses one. Leave both out, and raise accumulate_grad_batches for the same batch.",
-                devices=device.devices,
-                nodes=device.num_nodes,
-            )
-        )
+__all__ = ["Engine", "SingleDevice", "create_engine"]
 
 
 def create_engine(
@@ -38,6 +21,22 @@ def create_engine(
     *,
     dtype: torch.dtype,
     grad_clip: float,
+    settings: DeviceSection | None = None,
+    ranks: Ranks = ALONE,
 ) -> Engine:
     """The engine of the run's strategy around `model`, which is on its device with unrounded weights."""
-    return SingleDevice(model, build_optimizer, dtype=dtype, grad_clip=grad_clip)
+    if ranks.world_size == 1:
+        return SingleDevice(model, build_optimizer, dtype=dtype, grad_clip=grad_clip)
+    from rookery.train.strategies.replicated import Replicated
+    from rookery.train.strategies.sharded import Sharded, shard
+
+    strategy = "ddp" if settings is None else settings.strategy
+    if strategy == "fsdp":
+        trained = {p for p in model.parameters() if p.requires_grad}
+        if len(trained) == len(list(model.parameters())):
+            return Sharded(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, ranks=ranks)
+        # In fine-tuning little trains: that is copied to every rank, and only the frozen model is cut up.
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(dtype)
+        shard(model, dtype, replicated=trained)
+    return Replicated(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, ranks=ranks)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rookery.formats import Pending
 from rookery.train.schedule import Rates
 
 
@@ -15,7 +16,7 @@ class Engine(Protocol):
     """One rank's view of the training. With several ranks, every method is called by all of them together."""
 
     model: nn.Module
-    """Computes the loss; its parameters have the dtype of the run's precision."""
+    """Computes the loss; its arithmetic is in the dtype of the run's precision."""
     device: torch.device
     rank: int
     world_size: int
@@ -46,8 +47,9 @@ class Engine(Protocol):
     def diverged(self) -> bool:
         """Whether an update had to be left out because loss or gradients were not finite. Waits for the device."""
 
-    def weights(self, *, master: bool = False) -> dict[str, Tensor]:
-        """The whole model on the CPU, by the names of the .pth: in the model's dtype, or the fp32 masters."""
+    def trained_weights(self) -> list[Pending]:
+        """What trains, by the names of the .pth, in the dtype of the run's precision and in the model's order. All
+        ranks produce each tensor together, in this order, so that no device ever holds more than one of them whole."""
 
     def save(self, folder: Path) -> None:
         """Writes masters and optimiser into `folder` (all ranks), so that `load` restores them exactly."""

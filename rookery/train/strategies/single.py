@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rookery.formats import Pending
 from rookery.train.optim import apply_rates
 from rookery.train.precision import LossScale
 from rookery.train.schedule import Rates
-
-WEIGHTS_FILE = "weights.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
+from rookery.train.strategies.pieces import OPTIMIZER, WEIGHTS, Pieces
 
 
 class SingleDevice:
@@ -45,20 +43,23 @@ class SingleDevice:
             dtype: of the model's parameters and activations.
             grad_clip: largest global norm of the gradients; 0 = no clipping.
         """
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._parameters: list[Tensor] = list(trained.values())
         self._rounded = dtype in (torch.bfloat16, torch.float16)
-        self._masters: dict[str, Tensor] = (
-            {name: p.detach().clone() for name, p in trained.items()} if self._rounded else dict(trained)
-        )
-        self.model = model.to(dtype)
-        self.device = self._parameters[0].device
+        self._masters, self.model = self._prepare(model, dtype)
+        self.device = next(iter(self._masters.values())).device
         self.grad_clip = grad_clip
         self.optimizer = build_optimizer(self._masters)
         self._loss_scale = LossScale(self.device) if dtype == torch.float16 else None
         self._one = torch.ones((), device=self.device)
         self._diverged = torch.zeros((), dtype=torch.bool, device=self.device)
         self._loss: Tensor | None = None
+
+    def _prepare(self, model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], nn.Module]:
+        """The master weights by name, and the model that computes."""
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters: list[Tensor] = list(trained.values())
+        if self._rounded:
+            return {name: p.detach().clone() for name, p in trained.items()}, model.to(dtype)
+        return dict(trained), model.to(dtype)
 
     def backward(self, loss: Tensor, *, weight: float, last: bool) -> None:
         loss = loss * weight
@@ -82,10 +83,7 @@ class SingleDevice:
 
     @torch.no_grad()
     def step(self, rates: Rates) -> tuple[Tensor, Tensor]:
-        assert self._loss is not None, "step without backward"
-        loss, self._loss = self._loss, None
-        masters = list(self._masters.values())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in masters if p.grad is not None])
+        loss, norm = self._finish_gradients()
         if self._loss_scale is None:
             scale = self._one
             overflow = beyond_scaling = ~norm.isfinite()
@@ -109,6 +107,12 @@ class SingleDevice:
         self._publish()
         return loss, norm
 
+    def _finish_gradients(self) -> tuple[Tensor, Tensor]:
+        """Loss of the step and norm of its gradients, still scaled, which the masters have from now on."""
+        assert self._loss is not None, "step without backward"
+        loss, self._loss = self._loss, None
+        return loss, torch.nn.utils.get_total_norm([p.grad for p in self._masters.values() if p.grad is not None])
+
     def _publish(self) -> None:
         """Rounds the masters into the model."""
         if self._rounded:
@@ -126,9 +130,18 @@ class SingleDevice:
             weights |= self._masters
         return {name: tensor.detach().cpu() for name, tensor in weights.items()}
 
+    def trained_weights(self) -> list[Pending]:
+        return [
+            Pending(name, tuple(p.shape), p.dtype, lambda p=p: p.detach())  # type: ignore[misc]
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        ]
+
     def save(self, folder: Path) -> None:
-        save_file({name: p.detach().contiguous() for name, p in self._masters.items()}, folder / WEIGHTS_FILE)
-        save_file({key: tensor for key, _, _, tensor in self._optimizer_tensors()}, folder / OPTIMIZER_FILE)
+        masters = {name: p.detach().contiguous() for name, p in self._masters.items()}
+        save_file(masters, folder / f"{WEIGHTS}.safetensors")
+        state = {key: tensor for key, _, _, tensor in self._optimizer_tensors()}
+        save_file(state, folder / f"{OPTIMIZER}.safetensors")
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor, str, Tensor]]:
         """(name in the file, parameter, name in the optimiser, tensor) of the whole optimiser state."""
@@ -137,22 +150,28 @@ class SingleDevice:
                 for key, tensor in self.optimizer.state[p].items():
                     yield f"{key}/{name}", p, key, tensor
 
+    def _first_element(self, name: str) -> int:
+        """Where, in the flattened parameter, the part begins of which this rank has the master."""
+        return 0
+
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        def own_part(pieces: Pieces, key: str, name: str) -> Tensor:
+            master = self._masters[name]
+            first = self._first_element(name)
+            return pieces.read(key, first, first + master.numel()).view_as(master)
+
+        with Pieces(folder, WEIGHTS) as pieces:
             for name, p in self._masters.items():
-                p.copy_(file.get_tensor(name))
-        parameters = {
-            name: p
-            for group in self.optimizer.param_groups
-            for name, p in zip(group["names"], group["params"], strict=True)
-        }
+                p.copy_(own_part(pieces, name, name))
         self.optimizer.state.clear()
-        with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
-            for full_name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+        with Pieces(folder, OPTIMIZER) as pieces:
+            for full_name in pieces:
                 key, name = full_name.split("/", 1)
-                # clone: memory of our own, aligned as the optimiser's was
-                self.optimizer.state[parameters[name]][key] = file.get_tensor(full_name).to(self.device, copy=True)
+                if self._masters[name].numel():
+                    counts = not pieces.shapes[full_name]  # steps of the parameter, the same for all parts
+                    tensor = pieces.whole(full_name) if counts else own_part(pieces, full_name, name)
+                    self.optimizer.state[self._masters[name]][key] = tensor.to(self.device)
         self._publish()
 
     def state_dict(self) -> dict[str, Any]:

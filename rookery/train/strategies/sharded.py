@@ -1,0 +1,116 @@
+"""Fully sharded data parallelism (`fsdp`): every rank keeps a part of the weights and of the optimiser, and gets the
+rest of a block from the others when it is used. This is PyTorch's FSDP2."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from rookery.formats import Pending
+from rookery.train.ranks import Ranks
+from rookery.train.strategies.pieces import OPTIMIZER, WEIGHTS, Piece, write_pieces
+from rookery.train.strategies.single import SingleDevice
+
+
+def shard(model: Any, dtype: torch.dtype, replicated: set[nn.Parameter] | None = None) -> None:
+    """Keep of each parameter only this rank's rows, in the dtype it has; it is used in `dtype`, block by block.
+
+    Args:
+        replicated: parameters that every rank keeps whole; FSDP2 leaves them alone.
+    """
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    # Inputs are not cast: the state of the recurrence stays in fp32.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
+    # ln0 is part of the first block, but works before it.
+    for module in (model.blocks[0].ln0, *model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+    register_fsdp_forward_method(model, "loss")
+    # Nothing works in place on what a block returns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+
+class Sharded(SingleDevice):
+    """Trains all weights of a model, each rank its rows of them. Implements `Engine`.
+
+    The fp32 masters are FSDP2's own shards; a bf16 or fp16 copy exists only of what is in use. Gradients are summed in
+    fp32.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        *,
+        dtype: torch.dtype,
+        grad_clip: float = 0.0,
+        ranks: Ranks,
+    ) -> None:
+        self._ranks = ranks
+        super().__init__(model, build_optimizer, dtype=dtype, grad_clip=grad_clip)
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+
+    def _prepare(self, model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], nn.Module]:
+        self._rounded = False  # FSDP2 rounds what it gathers
+        self._dtype = dtype
+        shard(model, dtype)
+        self._shards: dict[str, Any] = dict(model.named_parameters())  # DTensors
+        # The optimiser sees plain tensors: it works on each element alone.
+        return {name: p.detach().to_local() for name, p in self._shards.items()}, model
+
+    def backward(self, loss: Tensor, *, weight: float, last: bool) -> None:
+        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        super().backward(loss, weight=weight, last=last)
+
+    def _finish_gradients(self) -> tuple[Tensor, Tensor]:
+        for master, p in zip(self._masters.values(), self._shards.values(), strict=True):
+            master.grad = None if p.grad is None else p.grad.to_local()
+            p.grad = None
+        assert self._loss is not None, "step without backward"
+        dist.all_reduce(self._loss)
+        self._loss /= self.world_size
+        loss, norm = super()._finish_gradients()
+        squared = norm.square()
+        dist.all_reduce(squared)
+        return loss, squared.sqrt()
+
+    def total(self, count: int) -> int:
+        return self._ranks.total(count)
+
+    def trained_weights(self) -> list[Pending]:
+        def whole(p: Any) -> Callable[[], Tensor]:
+            return lambda: p.detach().to(self._dtype).full_tensor()
+
+        return [Pending(name, tuple(p.shape), self._dtype, whole(p)) for name, p in self._shards.items()]
+
+    def save(self, folder: Path) -> None:
+        """Each rank writes its rows."""
+        write_pieces(folder, WEIGHTS, self._pieces((name, name, p) for name, p in self._masters.items()), *self._place)
+        state = ((key, key.split("/", 1)[1], tensor) for key, _p, _k, tensor in self._optimizer_tensors())
+        write_pieces(folder, OPTIMIZER, self._pieces(state), *self._place)
+
+    def _pieces(self, tensors: Iterable[tuple[str, str, Tensor]]) -> Iterator[Piece]:
+        """Of (name in the file, parameter, tensor): the parts of what is cut up as the parameter is."""
+        for key, name, tensor in tensors:
+            shape = tuple(self._shards[name].shape) if tensor.dim() else ()
+            if self._masters[name].numel():
+                yield Piece(key, shape, self._first_element(name) if shape else 0, tensor.detach().reshape(-1))
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self.rank, self.world_size
+
+    def _first_element(self, name: str) -> int:
+        whole = self._shards[name]
+        _size, first = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
+        return first[0] * (whole.numel() // whole.shape[0])

@@ -1,0 +1,143 @@
+"""One rank of the pair that `test_strategies.py` starts: trains under each strategy, and writes down what came out.
+
+The same functions train on a single device in the test itself, with the batches of both ranks as one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from train_pieces import random_tokens, tiny_model
+
+from rookery.adapters import AdapterConfig, attach
+from rookery.config.launcher import find_place
+from rookery.config.tree import DeviceSection
+from rookery.formats import write_weights
+from rookery.quant import quantise
+from rookery.train.loop import Batch, fit
+from rookery.train.optim import build_optimizer, parameter_groups
+from rookery.train.ranks import Ranks, joined
+from rookery.train.run import language_loss
+from rookery.train.schedule import Schedule
+from rookery.train.strategies import create_engine
+
+STEPS, SAVED, ACCUMULATE, PER_RANK = 20, 10, 2, 2
+SCHEDULE = Schedule(1e-3, 1e-4, 3, 32, 640, 100, 1, weight_decay=0.1)
+FINE_TUNINGS = ("lora", "state", "int8", "bf16 lora")
+
+
+def engine_of(model, dtype, strategy: str, ranks: Ranks):
+    groups = parameter_groups(
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad], model.version, weight_decay=True
+    )
+    build = partial(build_optimizer, groups=groups, betas=(0.9, 0.99), eps=1e-8)
+    settings = DeviceSection(strategy=strategy, devices=ranks.world_size, accelerator="cpu")
+    return create_engine(model, build, dtype=dtype, grad_clip=0.3, settings=settings, ranks=ranks)
+
+
+def batches(ranks: Ranks, first_step: int, parts: int = 2):
+    """The forward passes of one rank. Those of both ranks together are a single device's; different numbers of targets
+    are trained in each."""
+    for step in range(first_step, STEPS):
+        for i in range(ACCUMULATE):
+            tokens = random_tokens(2 * PER_RANK, seed=step * ACCUMULATE + i)
+            targets = tokens[:, 1:].clone()
+            targets[0, : 4 + step % 5] = -100
+            targets[3, i:] = -100
+            x, y = tokens[:, :-1], targets
+            if ranks.world_size > 1:
+                x, y = x[ranks.rank :: 2], y[ranks.rank :: 2]
+            yield Batch(x, y, int((y != -100).sum()), 0)
+
+
+def train(engine, ranks: Ranks, steps: range) -> list[list[float]]:
+    """Loss and gradient norm of each step."""
+    seen = []
+    fit(
+        engine,
+        language_loss,
+        batches(ranks, steps.start),
+        SCHEDULE,
+        steps,
+        accumulate=ACCUMULATE,
+        after_step=[lambda step: seen.append([step.loss.item(), step.grad_norm.item()])],
+    )
+    return seen
+
+
+def train_all(strategy: str, folder: Path, ranks: Ranks) -> list[list[float]]:
+    """All weights; leaves a checkpoint of the middle and the weights of the end in `folder`."""
+    engine = engine_of(tiny_model(torch.float64), torch.float64, strategy, ranks)
+    seen = train(engine, ranks, range(SAVED))
+    if ranks.main:
+        folder.mkdir()
+    ranks.barrier()
+    engine.save(folder)
+    ranks.barrier()
+    seen += train(engine, ranks, range(SAVED, STEPS))
+    tensors = engine.trained_weights()
+    if ranks.main:
+        write_weights(folder / "final.pth", tensors)
+    else:
+        for tensor in tensors:
+            tensor.produce()
+    return seen
+
+
+def go_on(strategy: str, folder: Path, ranks: Ranks) -> list[list[float]]:
+    """From a checkpoint of whatever strategy, with weights that are not set."""
+    model = tiny_model(torch.float64)
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+    engine = engine_of(model, torch.float64, strategy, ranks)
+    engine.load(folder)
+    return train(engine, ranks, range(SAVED, STEPS))
+
+
+def fine_tune(kind: str, strategy: str, ranks: Ranks) -> list[list[float]]:
+    half = kind.startswith("bf16")
+    dtype = torch.bfloat16 if half else torch.float32
+    model = tiny_model(torch.float32)
+    model.requires_grad_(False)
+    if kind == "state":
+        for block in model.blocks:
+            block.att.time_state = torch.nn.Parameter(torch.zeros(2, 16, 16))
+    else:
+        attach(model, AdapterConfig("lora", r=4, dropout=0.0), seed=0)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("lora_B"):
+                    p.fill_(0.01)
+    if kind == "int8":
+        quantise(model, "int8")
+    engine = engine_of(model, dtype, strategy, ranks)
+    return train(engine, ranks, range(5))
+
+
+def half_precision(strategy: str, precision: torch.dtype, ranks: Ranks) -> list[list[float]]:
+    engine = engine_of(tiny_model(), precision, strategy, ranks)
+    return train(engine, ranks, range(10))
+
+
+def main(folder: Path, strategies: list[str]) -> None:
+    with joined(find_place(), "cpu") as ranks:
+        found = {}
+        for strategy in strategies:
+            found[strategy] = {"all": train_all(strategy, folder / strategy, ranks)}
+        for strategy in strategies:
+            for saved in ("single", *strategies):
+                found[strategy][f"from {saved}"] = go_on(strategy, folder / saved, ranks)
+            found[strategy]["bf16"] = half_precision(strategy, torch.bfloat16, ranks)
+            found[strategy]["fp16"] = half_precision(strategy, torch.float16, ranks)
+            for kind in FINE_TUNINGS:
+                found[strategy][kind] = fine_tune(kind, strategy, ranks)
+        if ranks.main:
+            (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
