@@ -248,6 +248,25 @@ FAILURES = (
         patterns=(r"CUDA error: ", r"CUBLAS_STATUS", r"cuDNN error"),
     ),
     Failure(
+        "RK403",
+        N_("More devices were asked for than this machine has."),
+        N_("Set Devices to what there is; the message says how many GPUs were found."),
+        sentences=(
+            "{processes} processes share this machine, which has {gpus} GPUs: one process needs one GPU. Ask for "
+            "--devices {gpus}, or for --accelerator cpu.",
+        ),
+    ),
+    Failure(
+        "RK507",
+        N_("One of several training processes was lost, or they cannot reach each other."),
+        N_("The message names it and its place. Press Resume: the run goes on from its last checkpoint."),
+        sentences=(
+            "rank {rank}: {reason}",
+            "rank {rank} cannot join the others at {address}:{port}: {reason}",
+            "rank {rank} was ended by the system or by somebody ({signal})",
+        ),
+    ),
+    Failure(
         "RK501",
         N_("The training diverged: a loss or gradient was not finite."),
         N_("Begin a new run with a lower learning rate, more warm-up, or precision bf16 or fp32."),

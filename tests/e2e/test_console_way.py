@@ -211,7 +211,7 @@ def test_a_killed_run_is_found_killed_and_can_be_resumed(page, console, workspac
         page.goto(another.address + f"#/run?run={run}")
         page.locator(".phase", has_text="killed").wait_for()
         assert page.get_by_role("button", name="Resume").is_enabled()
-    page.goto(console.address + "#/runs")
+        page.goto(console.address + "#/runs")
     page.get_by_role("button", name="Delete killed").click()
     dialog = page.get_by_role("dialog")
     dialog.get_by_text("checkpoints/").wait_for()
@@ -238,6 +238,7 @@ def test_a_full_disk_is_told_and_what_to_do(page, workspace) -> None:
         problem = page.get_by_role("alert")
         problem.get_by_text("RK303").wait_for()
         assert "Make room and press Resume" in problem.inner_text()
+        page.goto("about:blank")
 
 
 def test_a_port_that_is_taken_is_told(page) -> None:
