@@ -75,11 +75,15 @@ def _fine_tuned_model(config: TrainConfig, start: Start, shape: ModelShape, file
     else:
         _add_adapter(model, config, start, files, ranks)
     if config.adapter.quant != "none":
-        quantise(model, config.adapter.quant, low_rank=initial_factors(model))
-    for parameter in model.parameters():
+        device = "cpu" if config.device.accelerator == "cpu" else "cuda"
+        quantise(model, config.adapter.quant, low_rank=initial_factors(model), device=device)
+    # An adapter that is gone on with holds base parameters in fp32, which the base's dtype would round.
+    exact = start.adapter.tensors if start.adapter is not None else {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # Memory of its own: what trains must not write into the mapped file.
-            parameter.data = parameter.data.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            value = exact.get(name, parameter.data)
+            parameter.data = value.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return model
 
 
