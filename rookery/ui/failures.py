@@ -21,7 +21,7 @@ class Failure:
     Attributes:
         code: never changes, so that it can be looked up and reported.
         cause, remedy: English sentences with a translation.
-        sentences: what Rookery says when it happens: keys of the catalogue.
+        sentences: what Rookery says when it happens: keys of the catalogue, long ones by how they begin ("…").
         patterns: regular expressions for what others say.
     """
 
@@ -65,10 +65,8 @@ FAILURES = (
         N_("The disk is full, or a quota is used up."),
         N_("Make room and press Resume: the run goes on from its last checkpoint."),
         sentences=(
-            "{folder} cannot be written: {reason}. Make room and run the same command again; it goes on from the last "
-            "checkpoint.",
-            "cannot save a checkpoint in {folder}: {reason}. Earlier checkpoints are untouched; make room and run the "
-            "same command again.",
+            "{folder} cannot be written: {reason}. Make room and run the same command again…",
+            "cannot save a checkpoint in {folder}: {reason}. Earlier checkpoints are untouched…",
         ),
         patterns=(r"No space left on device", r"\[Errno (27|28|122)\]", r"Disk quota exceeded"),
     ),
@@ -78,8 +76,7 @@ FAILURES = (
         N_("Choose a .jsonl file, a folder of .txt files, or the prefix of data that were converted."),
         sentences=(
             "no training data: give data_file",
-            "data_file {name}: there is no {prefix}.bin and {prefix}.idx, and it is no .jsonl, .txt or .npy file and "
-            "no folder",
+            "data_file {name}: there is no {prefix}.bin and {prefix}.idx, and it is no .jsonl, .txt or .npy…",
             "{path} does not exist; binidx data is a pair NAME.bin and NAME.idx",
             "the folder {path} has no .txt files",
         ),
@@ -100,8 +97,7 @@ FAILURES = (
         N_("The data were made with another vocabulary than the model has."),
         N_("Convert the text again with the vocabulary of the model (World for every official one)."),
         sentences=(
-            "{file}: token {place} is id {id}, but the vocabulary has {size} ids (0 to {last}). The data were made "
-            "with another tokenizer.",
+            "{file}: token {place} is id {id}, but the vocabulary has {size} ids (0 to {last})…",
             "the character {character} (U+{code:04X}) is not in the vocabulary {name}, which has {size} characters",
         ),
     ),
@@ -174,14 +170,10 @@ FAILURES = (
         N_("Choose the model that it was trained on: the Models page says which one fits."),
         sentences=(
             "{adapter} belongs to {own} ({own_dimensions}), not to a model like {file} ({dimensions})",
-            "{adapter} was trained on {own} (fingerprint {own_print}); {file} has the same dimensions but other "
-            "weights (fingerprint {print}). Give the model it was trained on; if {file} is a descendant of that and "
-            "this is meant, say so with --any-base (any_base=True in Python).",
-            "the adapter does not fit the model: it lacks {missing} tensors ({first_missing}) and has {unknown} that "
-            "the model has no place for ({first_unknown})",
+            "{adapter} was trained on {own} (fingerprint {own_print})…",
+            "the adapter does not fit the model…",
             "the adapter does not fit the model: its {name} has shape {found}, the model needs {needed}",
-            "{folder} holds only what was trained on {base}, which is no longer there; give that model itself, and "
-            "{folder} as its adapter or state",
+            "{folder} holds only what was trained on {base}, which is no longer there…",
         ),
     ),
     Failure(
@@ -190,12 +182,9 @@ FAILURES = (
         N_("The message says what to give: its alpha, or what a PiSSA began with (pissa_init, under Advanced)."),
         sentences=(
             "{path} holds no adapter; its first tensor is {name}",
-            "{path} does not say its alpha, which decides how strong it is. Give the lora_alpha of its training with "
-            "--alpha; if it is a PiSSA, which has none, give --pissa-init its init_pissa.pth or init_lora.pth.",
+            "{path} does not say its alpha, which decides how strong it is…",
             "{path} does not say what adapter it is",
-            "{folder} is a PiSSA without what it began with. Give that with --pissa-init (the folder of the adapter "
-            "saved before its training), or save it again with peft's path_initial_model_for_weight_conversion, "
-            "which makes a LoRA of it.",
+            "{folder} is a PiSSA without what it began with…",
         ),
     ),
     Failure(
@@ -213,8 +202,7 @@ FAILURES = (
         N_("The vocabulary of the model is not known."),
         N_("Put its vocab.json or vocab.txt beside it, or give the vocabulary by name."),
         sentences=(
-            "{path} has {size} token ids, so its tokenizer is not World, and neither vocab.json nor vocab.txt is "
-            "beside it. Name the vocabulary with --tokenizer FILE.",
+            "{path} has {size} token ids, so its tokenizer is not World, and neither vocab.json nor…",
             "The tokenizer {name} has {ids} ids and {path} only {size}; it belongs to another model.",
         ),
     ),
@@ -222,11 +210,7 @@ FAILURES = (
         "RK506",
         N_("The batch does not divide the 40320 samples of a mini-epoch."),
         N_("Change micro batch or accumulation as the message says, or give the epoch steps."),
-        sentences=(
-            "one optimiser step takes {batch} samples (micro_bsz x devices x num_nodes x accumulate_grad_batches), "
-            "which does not divide the {mini_epoch} samples of a mini-epoch: make it {below} or {above}, or give "
-            "epoch_steps",
-        ),
+        sentences=("one optimiser step takes {batch} samples (micro_bsz x devices x num_nodes x…",),
     ),
     Failure(
         "RK401",
@@ -251,10 +235,7 @@ FAILURES = (
         "RK403",
         N_("More devices were asked for than this machine has."),
         N_("Set Devices to what there is; the message says how many GPUs were found."),
-        sentences=(
-            "{processes} processes share this machine, which has {gpus} GPUs: one process needs one GPU. Ask for "
-            "--devices {gpus}, or for --accelerator cpu.",
-        ),
+        sentences=("{processes} processes share this machine, which has {gpus} GPUs: one process needs one GPU…",),
     ),
     Failure(
         "RK507",
@@ -270,11 +251,7 @@ FAILURES = (
         "RK501",
         N_("The training diverged: a loss or gradient was not finite."),
         N_("Begin a new run with a lower learning rate, more warm-up, or precision bf16 or fp32."),
-        sentences=(
-            "step {step} is not finite (loss {loss}, gradient norm {norm}); first bad tensor: {tensor}. Its batch is "
-            "in {file}, the last good checkpoint is untouched. Lower lr_init, raise warmup_steps, or use --precision "
-            "bf16 or fp32, in a new --proj_dir.",
-        ),
+        sentences=("step {step} is not finite (loss {loss}, gradient norm {norm}); first bad tensor: {tensor}…",),
     ),
     Failure(
         "RK502",
@@ -286,10 +263,7 @@ FAILURES = (
         "RK503",
         N_("The run directory holds a run with other settings."),
         N_("Give the run another directory, or the same settings to go on with it."),
-        sentences=(
-            "{folder} holds a run with another configuration:\n{lines}\nGive the same values to go on with it, or "
-            "another --proj_dir to begin a new run.",
-        ),
+        sentences=("{folder} holds a run with another configuration:\n{lines}\nGive the same values to go on with…",),
     ),
     Failure(
         "RK505",
@@ -376,8 +350,16 @@ def warnings(metrics: Metrics) -> list[dict[str, str]]:
 
 @cache
 def _patterns(failure: Failure) -> tuple[re.Pattern[str], ...]:
-    spoken = [text for sentence in failure.sentences for text in (sentence, catalogue().get(sentence, sentence))]
+    spoken = [text for sentence in failure.sentences for pair in said(sentence) for text in pair]
     return tuple(re.compile(pattern) for pattern in (*failure.patterns, *map(_template, spoken)))
+
+
+def said(sentence: str) -> list[tuple[str, str]]:
+    """The sentences of the catalogue, English and Chinese, that `sentence` means."""
+    if not sentence.endswith("…"):
+        return [(sentence, catalogue()[sentence])] if sentence in catalogue() else []
+    opening = sentence.removesuffix("…")
+    return [(english, chinese) for english, chinese in catalogue().items() if english.startswith(opening)]
 
 
 def _template(sentence: str) -> str:
