@@ -77,14 +77,5 @@ class PrefixCache:
                 longest = max(longest, int(different.argmax()) if different.any() else n)
         return longest
 
-    def forget(self, context: Hashable) -> None:
-        """Drop everything of a context."""
-        for key in [key for key in self._entries if key[0] == context]:
-            self._remove(key)
-
-    def clear(self) -> None:
-        self._entries.clear()
-        self.bytes = 0
-
     def _remove(self, key: tuple[Hashable, bytes]) -> None:
         self.bytes -= self._entries.pop(key).size

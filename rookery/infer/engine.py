@@ -135,6 +135,7 @@ class Engine:
         self._cache = PrefixCache(cache_bytes)
         self._states: dict[str, tuple[State, int]] = {}
         self._adapters: dict[str, tuple[Form, int]] = {}
+        self._retired: list[PlainForm] = []
         self._mounts = 0
         self._waiting: deque[_Active] = deque()
         self._jobs: deque[_Job] = deque()
@@ -255,8 +256,9 @@ class Engine:
             UserError: there is none of that name.
         """
         with self._condition:
-            if self._adapters.pop(name, None) is None:
+            if name not in self._adapters:
                 raise UserError(_("No adapter called {name} is mounted.", name=name))
+            self._retire(self._adapters.pop(name)[0])
 
     @property
     def adapters(self) -> list[str]:
@@ -286,6 +288,7 @@ class Engine:
             job.run()
         with self._condition:
             self._drop_cancelled()
+            self._detach_retired()
             self._admit()
         with torch.inference_mode():
             busy = bool(jobs or self._reading or self._answering)
@@ -303,7 +306,7 @@ class Engine:
         while True:
             worked = self.turn()
             with self._condition:
-                idle = not (worked or self._waiting or self._jobs)
+                idle = not (worked or self._waiting or self._jobs or self._retired)
                 if idle and self._closing:
                     return
                 if idle:
@@ -337,7 +340,21 @@ class Engine:
         else:
             detach(self.model, inner)
         with self._condition:
+            if name in self._adapters:
+                self._retire(self._adapters[name][0])
             self._adapters[name] = (form, self._mounts)
+
+    def _retire(self, form: Form) -> None:
+        """Take the adapter of a form off the model once no request uses it; a packed form goes by itself."""
+        if isinstance(form, PlainForm):
+            self._retired.append(form)
+            self._condition.notify()
+
+    def _detach_retired(self) -> None:
+        used = {id(active.form) for active in (*self._waiting, *self._reading, *self._answering)}
+        for form in [form for form in self._retired if id(form) not in used]:
+            self._retired.remove(form)
+            detach(self.model, str(form.adapter))
 
     def _check(self, request: Request) -> None:
         if not request.prompt:

@@ -1,13 +1,17 @@
 """The engine: requests that join and leave, cancelled ones, shared prefixes, mounted states, pieces, other threads."""
 
 import asyncio
+import copy
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from rookery.adapters import AdapterConfig, adapter_tensors, attach
 from rookery.errors import UserError
+from rookery.formats import AdapterFile
 from rookery.infer import Busy, Closed, Engine, Handle, PlainForm, Request, Sampling, form_of, generate, read
 from rookery.models import State
 
@@ -193,6 +197,61 @@ def test_each_request_starts_from_its_state(model, world) -> None:
         engine.submit(Request(prompt, GREEDY, state="poet"))
     with pytest.raises(UserError, match="No state called poet"):
         engine.unmount_state("poet")
+
+
+def adapter_file(model, seed: int) -> AdapterFile:
+    """A trained-looking LoRA for `model`."""
+    config = AdapterConfig("lora", r=4, alpha=8)
+    trained = copy.deepcopy(model)
+    attach(trained, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5, generator=generator)
+    return AdapterFile(Path("trained.safetensors"), config, adapter_tensors(trained))
+
+
+@pytest.mark.parametrize("form", [PlainForm, form_of])
+def test_each_request_is_answered_with_its_adapter(model, world, form) -> None:
+    model = copy.deepcopy(model)
+    prompt = world.encode("a long enough prompt that would be shared if it were not for the adapter")
+    files = {name: adapter_file(model, seed) for seed, name in enumerate(("poet", "clerk"), 1)}
+    expected = {"": alone(model, world, prompt)}
+    for name, file in files.items():
+        changed = copy.deepcopy(model)
+        attach(changed, file.config, tensors=file.tensors)
+        expected[name] = alone(changed, world, prompt)
+    assert len({tuple(tokens) for tokens in expected.values()}) == 3
+
+    with Engine(model, world, form=form(model)) as engine:
+        for name, file in files.items():
+            engine.mount_adapter(name, file)
+        assert engine.adapters == ["clerk", "poet"]
+        order = ["poet", "", "clerk", "poet", "", "clerk"]
+        handles = [engine.submit(Request(prompt, GREEDY, adapter=name)) for name in order]
+        assert [ids(handle.result()) for handle in handles] == [expected[name] for name in order]
+        # What is unmounted is used to the end by those that use it; one of that name has nothing of it.
+        handle = engine.submit(Request(prompt, GREEDY, adapter="poet"))
+        engine.unmount_adapter("poet")
+        with pytest.raises(UserError, match="No adapter called poet"):
+            engine.submit(Request(prompt, GREEDY, adapter="poet"))
+        engine.mount_adapter("poet", files["clerk"])
+        assert ids(engine.submit(Request(prompt, GREEDY, adapter="poet")).result()) == expected["clerk"]
+        assert ids(handle.result()) == expected["poet"]
+        engine.unmount_adapter("poet")
+        engine.unmount_adapter("clerk")
+        wait_until(lambda: not any(".adapters." in name for name, _parameter in model.named_parameters()))
+
+
+def test_an_adapter_of_another_model_is_refused(model, world) -> None:
+    file = adapter_file(model, 1)
+    wrong = {name: tensor[:-1] for name, tensor in file.tensors.items()}
+    with Engine(model, world) as engine:
+        with pytest.raises(UserError, match="adapter"):
+            engine.mount_adapter("wrong", AdapterFile(file.path, file.config, wrong))
+        assert engine.adapters == []
+        assert engine.submit(Request([5], GREEDY)).result().finish == "length"
 
 
 def test_a_request_goes_on_from_a_state_given(model, world) -> None:
