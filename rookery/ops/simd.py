@@ -296,8 +296,8 @@ def tile(typing, kind, rows, columns, weights, weight_stride, scales, size, inpu
                 for b in range(B):
                     builder.store(fma_(builder, weight, values[b], builder.load(sums[r][b])), sums[r][b])
 
-        # A line of each row at a time, while the one needed AHEAD bytes later is called for. After the end of a row, that
-        # is one of the row R rows later.
+        # A line of each row at a time, while the one needed AHEAD bytes later is called for. Past the end of a row,
+        # that is one of the row R rows later.
         block = LINE // width
         whole = builder.and_(size, word(-block))
         with cgutils.for_range_slice(builder, word(0), whole, word(block), intp=word) as (i, _count):
