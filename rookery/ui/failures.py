@@ -172,7 +172,6 @@ FAILURES = (
             "{adapter} belongs to {own} ({own_dimensions}), not to a model like {file} ({dimensions})",
             "{adapter} was trained on {own} (fingerprint {own_print})…",
             "the adapter does not fit the model…",
-            "the adapter does not fit the model: its {name} has shape {found}, the model needs {needed}",
             "{folder} holds only what was trained on {base}, which is no longer there…",
         ),
     ),

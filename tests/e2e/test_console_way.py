@@ -214,7 +214,7 @@ def test_a_killed_run_is_found_killed_and_can_be_resumed(page, console, workspac
         page.goto(console.address + "#/runs")
     page.get_by_role("button", name="Delete killed").click()
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text("checkpoints/").wait_for()
+    dialog.get_by_text("metrics.jsonl").wait_for()
     dialog.get_by_role("button", name="Delete").click()
     page.get_by_text("killed was deleted.").wait_for()
     assert not run.exists()
