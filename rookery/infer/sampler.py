@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,7 +111,7 @@ def probabilities(
         reached = ordered.cumsum(-1) >= top_p
         last = torch.where(reached.any(-1), reached.int().argmax(-1), ordered.shape[-1] - 1)
         cutoff = ordered.gather(-1, last.unsqueeze(-1))
-        if 0 < top_k < vocab:
+        if 0 < top_k < vocab and ids is not None:
             kept = ids[..., :top_k]
             probs = torch.zeros_like(probs).scatter(-1, kept, probs.gather(-1, kept))
         probs = torch.where(probs < cutoff, 0.0, probs)
@@ -122,12 +123,16 @@ def probabilities(
     return probs / probs.sum(-1, keepdim=True)
 
 
-def _likeliest(probs: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """Probabilities and ids in falling order, as many as `top_p` and `top_k` can keep.
+def _likeliest(probs: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor | None]:
+    """Probabilities in falling order, as many as `top_p` and `top_k` can keep, and their ids if `top_k` wants them.
 
     Sorting a large vocabulary takes longer than all else in a draw, and is seldom needed.
     """
     vocab = probs.shape[-1]
+    if top_k == 0 and probs.dim() == 1 and probs.device.type == "cpu":
+        # All below this together have half of what `top_p` leaves over.
+        few = probs[probs > (1 - top_p) / (2 * vocab)].numpy()
+        return torch.from_numpy(-np.sort(-few)), None
     if top_k <= ENOUGH < vocab:
         ordered, ids = probs.topk(ENOUGH, dim=-1)
         if top_p < 1 and bool((ordered.sum(-1) >= top_p).all()):
@@ -178,8 +183,11 @@ class Sampler:
         if sampling.temperature == 0:
             return int(logits.argmax())
         probs = probabilities(logits, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
-        possible = probs.nonzero().squeeze(-1)
-        return int(possible[torch.multinomial(probs[possible], 1, generator=self._generator)])
+        reached = probs.double().cumsum(0)
+        point = torch.rand(1, dtype=torch.float64, generator=self._generator) * reached[-1]
+        # Where rounding took the point to the very end, the last token that is possible.
+        last = torch.searchsorted(reached, reached[-1:])
+        return int(torch.minimum(torch.searchsorted(reached, point, right=True), last))
 
     def saw(self, token: int) -> None:
         """Remember a chosen token for the penalties."""
