@@ -18,7 +18,7 @@ from rookery.models import ModelShape
 from rookery.train import checkpoint
 from rookery.train.ranks import Ranks
 from rookery.train.rundir import RunFiles
-from rookery.train.strategies.pieces import WEIGHTS, Pieces, has_pieces
+from rookery.train.strategies.pieces import WEIGHTS, Pieces
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def _find_fine_tuning(config: TrainConfig, files: RunFiles, report: Callable[[st
 
 
 def _with_adapter(new: Start, path: Path, config: TrainConfig) -> Start:
-    # Only files of other tools leave open what alpha they were trained with.
-    alpha = config.adapter.lora_alpha if path.suffix == ".pth" else None
+    # What a file of another tool leaves open, the default does not answer.
+    alpha = config.adapter.lora_alpha if "lora_alpha" in config.adapter.model_fields_set else None
     found = read_adapter(path, alpha=alpha, pissa_init=config.adapter.pissa_init or None)
     return replace(new, adapter=found.fitted(new.tensors or {}, new.file or Path()))
 
@@ -164,8 +164,8 @@ def _checkpoints(files: RunFiles, report: Callable[[str], None], ranks: Ranks) -
         except checkpoint.CorruptCheckpoint as error:
             report(_("{folder} is damaged ({reason}) and is passed over", folder=folder, reason=error))
             continue
-        file = folder / f"{WEIGHTS}.safetensors"
-        yield Start(file, _sizes(folder) if has_pieces(folder) else read_weights(file), folder, state)
+        file, *others = sorted(folder.glob(f"{WEIGHTS}*.safetensors"))
+        yield Start(file, _sizes(folder) if others else read_weights(file), folder, state)
 
 
 def _sizes(folder: Path) -> dict[str, Tensor]:

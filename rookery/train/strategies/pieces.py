@@ -101,7 +101,3 @@ class Pieces:
         """The tensor in its own shape."""
         return self.read(name).reshape(self.shapes[name])
 
-
-def has_pieces(folder: Path) -> bool:
-    """Whether several ranks wrote the checkpoint."""
-    return any(folder.glob(f"{WEIGHTS}-*-of-*.safetensors"))
