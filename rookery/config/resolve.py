@@ -31,6 +31,9 @@ PART_LEAVES = ("head_qk", "tiny_att_dim", "tiny_att_layer", "my_pos_emb", "pre_f
 DOCUMENT_SAMPLERS = ("documents", "only", "pack")
 """Samplers that pass over the data, each document once."""
 
+OF_LORA = ("lora_alpha", "lora_dropout", "rslora")
+"""What pissa and miss have not."""
+
 DEFAULT_VERSION, DEFAULT_LAYERS, DEFAULT_WIDTH, WORLD_VOCABULARY = "x070", 6, 512, 65536
 """A new model of which nothing is said: the current generation with the sizes the reference trainers start from."""
 
@@ -85,6 +88,7 @@ def resolve(
     if adapter_facts is not None:
         resolver.adapter(adapter_facts)
     resolver.fine_tuning()
+    resolver.validation()
     resolver.optimiser()
     resolver.batch_that_fits((device_facts or {}).get("free"), data_facts)
     resolver.length(data_facts)
@@ -183,7 +187,7 @@ class _Resolver:
         """Take method and shape from an adapter's file; what was asked for must agree with it."""
         origin = Origin("checkpoint", str(facts["file"]))
         for leaf, value in facts.items():
-            if leaf == "file":
+            if leaf == "file" or (leaf in OF_LORA and facts["peft"] in ("pissa", "miss")):
                 continue
             if self.origins[leaf].given and self.values[leaf] != value:
                 raise UserError(
@@ -283,17 +287,33 @@ class _Resolver:
                 )
             )
         if peft in ("pissa", "miss"):
-            plain = {"lora_alpha": float(self.values["lora_r"]), "lora_dropout": 0.0, "rslora": False}
+            plain = dict(zip(OF_LORA, (float(self.values["lora_r"]), 0.0, False), strict=True))
             for leaf, value in plain.items():
-                if self.values[leaf] != value and self.origins[leaf].given:
-                    self.notes.append(_("{peft} has no {leaf}: it is left out", peft=peft, leaf=leaf))
-                self.fill(leaf, value, Origin("rule", f"peft {peft}"))
+                self._leave_out(leaf, value)
+        if peft in ("none", "state", "miss"):
+            self._leave_out("lora_plus_ratio", 1.0)
         if peft in ("none", "state"):
+            self._leave_out("merge", 0)
             for leaf in ("adapter_load", "train_parts"):
                 if self.values[leaf]:
                     raise UserError(
                         _("{leaf} belongs to an adapter: add --peft lora (or dora, pissa, miss)", leaf=leaf)
                     )
+
+    def _leave_out(self, leaf: str, value: Any) -> None:
+        """Give `leaf`, which the method has not, the value that does nothing."""
+        if self.values[leaf] == value:
+            return
+        peft = f"peft {self.values['peft']}"
+        if self.origins[leaf].given:
+            self.notes.append(_("{peft} has no {leaf}: it is left out", peft=peft, leaf=leaf))
+        self.fill(leaf, value, Origin("rule", peft))
+
+    def validation(self) -> None:
+        if self.values["early_stop"] and not (self.values["val_file"] or self.values["val_split"]):
+            raise UserError(
+                _("early_stop watches the validation loss: give validation data with val_split or val_file")
+            )
 
     def optimiser(self) -> None:
         peft = self.values["peft"]
@@ -320,19 +340,32 @@ class _Resolver:
             return
         if free is None:
             raise UserError(_("micro_bsz 0 (auto) needs a device whose free memory is known: give a number"))
-        whole_epochs = values["epoch_steps"] is None and (data_facts or {}).get("sampler") not in DOCUMENT_SAMPLERS
+        documents = data_facts is not None and data_facts["sampler"] in DOCUMENT_SAMPLERS
+        devices = values["devices"] * values["num_nodes"]
         found = largest_micro_bsz(
             Plan.of(TrainConfig(**values)),
             free,
-            whole_epochs=whole_epochs,
-            devices=values["devices"] * values["num_nodes"],
+            whole_epochs=values["epoch_steps"] is None and not documents,
+            devices=devices,
         )
+        if data_facts is not None and documents:
+            # More would read documents several times in one step.
+            found = min(found, data_facts["samples"] // (devices * values["accumulate_grad_batches"]))
         self.fill("micro_bsz", max(1, found), Origin("device", _("{free} of memory free", free=gib(free))))
 
     def length(self, data_facts: Mapping[str, Any] | None) -> None:
         """Steps, mini-epochs and tokens of the run."""
         values = self.values
         batch = values["micro_bsz"] * values["accumulate_grad_batches"] * values["devices"] * values["num_nodes"]
+        if data_facts is not None and data_facts["sampler"] in DOCUMENT_SAMPLERS and batch > data_facts["samples"]:
+            self.notes.append(
+                _(
+                    "one optimiser step takes {batch} samples, and a pass over the data has {samples}: documents are "
+                    "read several times in a step; lower micro_bsz or accumulate_grad_batches",
+                    batch=batch,
+                    samples=data_facts["samples"],
+                )
+            )
         if values["epoch_steps"] is None:
             self._mini_epoch(batch, data_facts)
         tokens_per_epoch = values["epoch_steps"] * batch * values["ctx_len"]

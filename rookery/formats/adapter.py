@@ -113,7 +113,8 @@ class AdapterFile:
                 _(
                     "{adapter} was trained on {own} (fingerprint {own_print}); {file} has the same dimensions but "
                     "other weights (fingerprint {print}). Give the model it was trained on; if {file} is a descendant "
-                    "of that and this is meant, say so with --any-base (any_base=True in Python).",
+                    "of that and this is meant, `rookery merge` and `rookery chat` take --any-base (any_base=True in "
+                    "Python).",
                     adapter=self.path,
                     own=own.file,
                     own_print=own.fingerprint[:12],
@@ -187,7 +188,7 @@ def read_adapter(path: str | Path, *, alpha: float | None = None, pissa_init: st
         return adapter_old.read(path, read_weights(path), alpha, init)
     if alpha is not None and found.config.method in ("lora", "dora") and alpha != found.config.alpha:
         raise UserError(
-            _("{path} itself says that its alpha is {alpha}; leave --alpha out", path=path, alpha=found.config.alpha)
+            _("{path} itself says that its alpha is {alpha}; leave yours out", path=path, alpha=found.config.alpha)
         )
     return found
 

@@ -65,8 +65,8 @@ def _settings(path: Path, own: Mapping[str, Tensor], kinds: set[str], alpha: flo
                 raise UserError(
                     _(
                         "{path} does not say its alpha, which decides how strong it is. Give the lora_alpha of its "
-                        "training with --alpha; if it is a PiSSA, which has none, give --pissa-init its init_pissa.pth "
-                        "or init_lora.pth.",
+                        "training with --alpha (`rookery train`: --lora_alpha); if it is a PiSSA, which has none, give "
+                        "--pissa-init its init_pissa.pth or init_lora.pth.",
                         path=path,
                     )
                 )

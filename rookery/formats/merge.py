@@ -81,7 +81,9 @@ def merge(
         )
     if out.exists() and out.samefile(weight_file(base)):
         raise UserError(_("{path} is the base itself; name another file", path=out))
-    found, states = _read(adapter, source, alpha, pissa_init, any_base)
+    found, states, file = _read(adapter, source, alpha, pissa_init, any_base)
+    if out.exists() and file.exists() and out.samefile(file):
+        raise UserError(_("{path} is what is to be merged; name another file", path=out))
     tensors = _with_states(source, states) if found is None else _with_adapter(source, found)
     # Beside its place, so that it can take it at once, and under its ending, which says its format.
     unchecked = out.with_name(f"{out.stem}.{os.getpid()}.unchecked{out.suffix}")
@@ -102,15 +104,15 @@ def _read(
     alpha: float | None,
     pissa_init: str | Path | None,
     any_base: bool,
-) -> tuple[AdapterFile | None, dict[str, Tensor]]:
-    """The adapter, or the states."""
+) -> tuple[AdapterFile | None, dict[str, Tensor], Path]:
+    """The adapter, or the states; and the file that it was read from."""
     if not isinstance(adapter, AdapterFile):
         path = sources_of(adapter).state or Path(adapter)
         if _holds_states(path):
-            return None, read_state(path, source.model_shape())
+            return None, read_state(path, source.model_shape()), weight_file(path)
         adapter = read_adapter(path, alpha=alpha, pissa_init=pissa_init)
     # A mapping of its own, let go of at once: the samples of the fingerprint are all over the file.
-    return adapter.fitted(read_weights(source.path), source.path, any_base=any_base), {}
+    return adapter.fitted(read_weights(source.path), source.path, any_base=any_base), {}, adapter.path
 
 
 def _holds_states(path: Path) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rookery.adapters import create as create_method
 from rookery.formats.adapter import AdapterFile
+from rookery.formats.adapter_old import split
 from rookery.formats.source import Source
 from rookery.models import Model, create
 from rookery.models.common import Embedding
@@ -47,6 +48,7 @@ class _Streamed:
         self._model = model
         self._source = source
         self._adapter = adapter
+        self._adapted = {found[0] for key in (adapter.tensors if adapter else ()) if (found := split(key))}
         self._states = states
 
     def prepare(self) -> None:
@@ -74,15 +76,12 @@ class _Streamed:
 
     def _fill_matrix(self, name: str, matrix: Linear, *call: Any) -> None:
         _set_own(matrix, name, self._tensor)
-        if self._adapter is None:
+        if self._adapter is None or name not in self._adapted:
             return
         method = create_method(self._adapter.config, matrix.in_features, matrix.out_features)
-        own = {part: self._adapter.tensors.get(f"{name}.{part}") for part in method.shapes()}
-        tensors = {part: tensor.float() for part, tensor in own.items() if tensor is not None}
-        if tensors:
-            method.assign(tensors)
-            method.bind(matrix.weight)
-            matrix.adapters["probed"] = method.eval()
+        method.assign({part: self._adapter.tensors[f"{name}.{part}"].float() for part in method.shapes()})
+        method.bind(matrix.weight)
+        matrix.adapters["probed"] = method.eval()
 
     def _fill_embedding(self, name: str, embedding: Embedding, *call: Any) -> None:
         """The mapped matrix itself: only the rows of the tokens are read."""

@@ -77,13 +77,10 @@ def _fine_tuned_model(config: TrainConfig, start: Start, shape: ModelShape, file
     if config.adapter.quant != "none":
         device = "cpu" if config.device.accelerator == "cpu" else "cuda"
         quantise(model, config.adapter.quant, low_rank=initial_factors(model), device=device)
-    # An adapter that is gone on with holds base parameters in fp32, which the base's dtype would round.
-    exact = start.adapter.tensors if start.adapter is not None else {}
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             # Memory of its own: what trains must not write into the mapped file.
-            value = exact.get(name, parameter.data)
-            parameter.data = value.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            parameter.data = parameter.data.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return model
 
 
@@ -101,6 +98,9 @@ def _add_adapter(model: Model, config: TrainConfig, start: Start, files: RunFile
         attach(model, wanted, seed=config.run.random_seed)
     else:
         attach(model, replace(start.adapter.config, dropout=wanted.dropout), tensors=start.adapter.tensors)
+        for name in attached(model)["default"].other:
+            # As training left it, in fp32: the base's dtype would round it.
+            model.get_parameter(name).data = start.adapter.tensors[name]
     if start.checkpoint is None and ranks.main:
         base = Base.of(start.tensors or {}, start.file or Path())
         write_adapter(files.adapter_file("init"), adapter_tensors(model), attached(model)["default"].config, base)

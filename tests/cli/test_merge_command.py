@@ -75,7 +75,7 @@ def test_an_old_file_needs_its_alpha(adapter: Path, tmp_path: Path, capsys: pyte
     assert all(torch.equal(old[name], own[name]) for name in own)
     capsys.readouterr()
     assert run(["merge", str(BASE), str(adapter), "-o", str(tmp_path / "other.pth"), "--alpha", "16"]) == 2
-    assert "itself says that its alpha is 32.0; leave --alpha out" in told(capsys)
+    assert "itself says that its alpha is 32.0; leave yours out" in told(capsys)
 
 
 @pytest.mark.parametrize("content", [b"", b"no adapter\n", b"PK\x03\x04 cut short", bytes(range(256)) * 8])

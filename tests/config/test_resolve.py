@@ -133,6 +133,7 @@ def test_what_cannot_be_had_is_said_and_replaced() -> None:
         (["--quant", "nf4"], "add --peft lora"),
         (["--peft", "state", "--adapter_load", "a.safetensors"], "adapter_load belongs to an adapter"),
         (["--train_parts", "ln"], "train_parts belongs to an adapter"),
+        (["--early_stop", "3"], "give validation data with val_split or val_file"),
     ],
 )
 def test_settings_that_contradict_each_other(flags: list[str], message: str) -> None:
@@ -146,6 +147,43 @@ def test_fine_tuning_has_rates_of_its_own_and_says_so(peft: str, rates: tuple[fl
     assert (config.optim.lr_init, config.optim.lr_final, config.optim.warmup_steps) == (*rates, 10)
     assert [note.split(" is ")[0] for note in notes] == ["lr_init", "lr_final"]
     assert resolve(parse(["--peft", peft, "--lr_init", "0.5", "--lr_final", "0.5"]).config).notes == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "left_out"),
+    [
+        ("--peft pissa --lora_r 8 --lora_alpha 16 --rslora", ["lora_alpha", "rslora"]),
+        ("--peft miss --lora_plus_ratio 16", ["lora_plus_ratio"]),
+        ("--peft state --merge 1", ["merge"]),
+        ("--merge 1", ["merge"]),
+        ("--peft lora --merge 1 --lora_plus_ratio 16 --rslora", []),
+    ],
+)
+def test_what_a_method_has_not_is_left_out_and_said(flags: str, left_out: list[str]) -> None:
+    words = [*flags.split(), "--lr_init", "1", "--lr_final", "1"]
+    config, _, notes = resolve(parse(words).config)
+    assert [note.split(" has no ")[1].split(":")[0] for note in notes] == left_out
+    assert resolve(config).notes == []
+
+
+@pytest.mark.parametrize("method", ["pissa", "miss"])
+def test_an_adapter_is_gone_on_with_by_the_flags_it_began_with(method: str) -> None:
+    """Also by those that its method has not."""
+    facts = {"file": "adapter-init.safetensors", "peft": method, "lora_r": 8, "lora_alpha": 8.0, "rslora": False,
+             "miss_mode": "bone", "target_modules": None, "train_parts": []}  # fmt: skip
+    config = parse(["--peft", method, "--lora_r", "8", "--lora_alpha", "16", "--rslora"]).config
+    assert resolve(config, adapter_facts=facts).config == resolve(config).config
+
+
+def test_a_step_takes_no_more_documents_than_there_are() -> None:
+    def resolved(*flags: str) -> Any:
+        facts = GPU | {"free": 80 << 30}
+        return resolve(parse(["--n_layer", "6", "--n_embd", "256", *flags]).config, data_facts=ROWS, device_facts=facts)
+
+    assert resolved("--micro_bsz", "auto").config.run.micro_bsz == 100
+    assert resolved("--micro_bsz", "auto", "--accumulate_grad_batches", "4").config.run.micro_bsz == 25
+    assert resolved("--micro_bsz", "100").notes == []
+    assert ["read several times in a step" in note for note in resolved("--micro_bsz", "101").notes] == [True]
 
 
 def test_the_largest_batch_that_fits() -> None:

@@ -63,7 +63,7 @@ class TestSlimFiles:
     def test_lora_of_rwkv_peft_and_its_alpha(self, tmp_path: Path) -> None:
         model, tensors = trained(replace(LORA, train_parts=("ln",)))
         write_pth(tmp_path / "rwkv-0.pth", tensors)
-        with pytest.raises(UserError, match=r"rwkv-0.pth does not say its alpha.* with --alpha; if it is a PiSSA"):
+        with pytest.raises(UserError, match=r"rwkv-0.pth does not say its alpha.*--lora_alpha\); if it is a PiSSA"):
             rookery.load(BASE, adapter=tmp_path / "rwkv-0.pth")
         found = read_adapter(tmp_path / "rwkv-0.pth", alpha=32)
         assert (found.config.method, found.config.r, found.config.alpha) == ("lora", 8, 32.0)

@@ -164,6 +164,18 @@ def test_a_state_is_copied_as_it_is(version: str, tmp_path: Path) -> None:
     assert again.difference == 0.0
 
 
+@pytest.mark.parametrize(
+    "config",
+    [AdapterConfig("miss", r=64, miss_mode="bat"), AdapterConfig("miss", r=256, targets=("ffn.value",))],
+    ids=["head not divisible by r", "other matrices smaller than r"],
+)
+def test_matrices_without_an_adapter_need_not_fit_one(config: AdapterConfig, tmp_path: Path) -> None:
+    base = base_file(tmp_path, "x070", torch.float32)
+    done = merge(base, adapter_file(base, config), tmp_path / "merged.pth")
+    assert done.effect is not None
+    assert done.effect > 0.1
+
+
 @pytest.mark.parametrize("version", [*VERSIONS, "optional"])
 def test_the_probe_computes_what_the_model_computes(version: str, tmp_path: Path) -> None:
     if version == "optional":
@@ -235,6 +247,19 @@ class TestRefusals:
         with pytest.raises(UserError, match="is not what it should be"):
             merge(base, adapter, tmp_path / "merged.pth")
         assert self.left(tmp_path) == set()
+
+    @pytest.mark.parametrize("kind", ["adapter", "state"])
+    def test_the_file_that_is_merged_is_not_overwritten(self, kind: str, tmp_path: Path) -> None:
+        base = base_file(tmp_path, "x070", torch.float32)
+        if kind == "adapter":
+            file = adapter_file(base, CONFIGS["lora"])
+        else:
+            file = tmp_path / "state.pth"
+            write_pth(file, load_file(GOLDEN / "x070_time_state.safetensors"))
+        before = file.read_bytes()
+        with pytest.raises(UserError, match="is what is to be merged; name another file"):
+            merge(base, file, file)
+        assert file.read_bytes() == before
 
     def test_interrupted(self, tmp_path: Path) -> None:
         base = base_file(tmp_path, "x070", torch.float32)

@@ -19,7 +19,7 @@ from rookery.train.callbacks import Callback
 METHODS = {
     "lora": {"peft": "lora", "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "lora_plus_ratio": 4.0},
     "dora": {"peft": "dora", "lora_r": 4, "lora_alpha": 8.0, "train_parts": ["ln"]},
-    "pissa": {"peft": "pissa", "lora_r": 4},
+    "pissa": {"peft": "pissa", "lora_r": 4, "lora_alpha": 8.0},
     "quantised pissa": {"peft": "pissa", "lora_r": 4, "quant": "nf4"},
     "miss": {"peft": "miss", "lora_r": 4},
     "bat": {"peft": "miss", "lora_r": 4, "miss_mode": "bat", "quant": "int8"},
@@ -135,6 +135,31 @@ def test_an_adapter_is_gone_on_with_as_its_file_says(tuning, base, tmp_path) -> 
         )
 
 
+def test_base_parameters_of_an_adapter_are_gone_on_with_unrounded(tuning, tmp_path) -> None:
+    """The base is bf16, what training made of its parameters is fp32."""
+    first = tmp_path / "first"
+    rookery.train.run(tuning(**METHODS["dora"], proj_dir=str(first)))
+    rookery.train.run(tuning(adapter_load=str(first)))
+    before = read_adapter(first / "adapter-final.safetensors").tensors
+    begun = read_adapter(tmp_path / "run" / "adapter-init.safetensors").tensors
+    assert not torch.equal(before["ln_out.weight"], before["ln_out.weight"].bfloat16().float())
+    assert all(torch.equal(begun[name], before[name]) for name in before)
+    assert losses(tmp_path / "run")[0] < losses(first)[0]
+
+
+def test_an_old_adapter_is_gone_on_with_by_the_alpha_that_is_given(tuning, tmp_path) -> None:
+    first, old = tmp_path / "first", tmp_path / "rwkv-0.pth"
+    settings = METHODS["lora"] | {"lora_dropout": 0.0}
+    rookery.train.run(tuning(**settings, proj_dir=str(first)))
+    write_pth(old, read_weights(first / "adapter-final.safetensors"))
+    with pytest.raises(UserError, match=r"rwkv-0.pth does not say its alpha.*--lora_alpha"):
+        rookery.train.run(tuning(adapter_load=str(old)))
+    rookery.train.run(tuning(adapter_load=str(old), lora_alpha=8.0))
+    assert read_adapter(tmp_path / "run").config.alpha == 8.0
+    rookery.train.run(tuning(adapter_load=str(first), proj_dir=str(tmp_path / "own")))
+    assert losses(tmp_path / "run")[0] == losses(tmp_path / "own")[0]
+
+
 def test_merge_writes_the_whole_model_beside_each_adapter(tuning, tmp_path) -> None:
     rookery.train.run(tuning(**METHODS["miss"], merge=1))
     run = tmp_path / "run"
@@ -168,6 +193,7 @@ def test_a_run_without_improvement_stops_and_keeps_its_best(tuning, tmp_path) ->
         ({"peft": "lora", "target_modules": ["kye"]}, "no matrix kye"),
         ({"peft": "lora", "train_parts": ["tiem"]}, "tiem is not one of"),
         ({"peft": "miss", "miss_mode": "bat", "lora_r": 5}, "not divisible by lora_r 5"),
+        ({"peft": "lora", "early_stop": 2}, "val_split or val_file"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(tuning, tmp_path, changes, message) -> None:
