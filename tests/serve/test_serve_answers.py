@@ -199,7 +199,7 @@ def test_lengths_stops_and_seeds(knowing) -> None:
     first, same, other = (ask(knowing, seed=seed, **wild) for seed in (5, 5, 6))
     texts = [[choice.message.content for choice in answer.choices] for answer in (first, same, other)]
     assert texts[0] == texts[1] != texts[2]
-    assert len(set(texts[0])) == 3
+    assert len(set(texts[0])) > 1
     # The second choice is what the next seed gives first.
     assert texts[0][1] == texts[2][0]
     assert first.usage.prompt_tokens == len("User: Hi\n\nAssistant:")
