@@ -176,16 +176,20 @@ def read_adapter(path: str | Path, *, alpha: float | None = None, pissa_init: st
     from rookery.formats import adapter_old, adapter_peft
 
     path = Path(path)
-    init = None if pissa_init is None else adapter_old.initial_factors(Path(pissa_init))
-    if adapter_peft.is_peft(path):
-        return adapter_peft.read(path, init)
+
+    def init() -> Mapping[str, Tensor] | None:
+        """Of files that hold it themselves, not asked for: it may be gone."""
+        return None if pissa_init is None else adapter_old.initial_factors(Path(pissa_init))
+
     found: AdapterFile | None
-    if path.is_dir():
+    if adapter_peft.is_peft(path):
+        found = adapter_peft.read(path, init())
+    elif path.is_dir():
         found = _of_run(path)
     else:
         found = read_own(path) if path.suffix.lower() == ".safetensors" and path.exists() else None
     if found is None:
-        return adapter_old.read(path, read_weights(path), alpha, init)
+        return adapter_old.read(path, read_weights(path), alpha, init())
     if alpha is not None and found.config.method in ("lora", "dora") and alpha != found.config.alpha:
         raise UserError(
             _("{path} itself says that its alpha is {alpha}; leave yours out", path=path, alpha=found.config.alpha)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import rookery
 from rookery.adapters import AdapterConfig, adapter_tensors, attach
 from rookery.errors import UserError
-from rookery.formats import AdapterFile, merge, read_adapter, read_weights, write_peft, write_pth
+from rookery.formats import AdapterFile, merge, read_adapter, read_weights, write_adapter, write_peft, write_pth
 from rookery.formats.convert import convert
 from rookery.models import Model
 
@@ -69,6 +69,17 @@ class TestSlimFiles:
         assert (found.config.method, found.config.r, found.config.alpha) == ("lora", 8, 32.0)
         assert found.base is None
         same_as(model, found)
+
+    def test_what_a_pissa_began_with_is_asked_for_only_where_it_is_not_known(self, tmp_path: Path) -> None:
+        """A training that is resumed reads its own file, and the other may be gone."""
+        config = AdapterConfig("pissa", r=4)
+        model, tensors = trained(config)
+        write_adapter(tmp_path / "own.safetensors", tensors, config, None)
+        gone = tmp_path / "init_pissa.pth"
+        same_as(model, read_adapter(tmp_path / "own.safetensors", pissa_init=gone))
+        write_pth(tmp_path / "slim.pth", {name: t for name, t in tensors.items() if "init" not in name})
+        with pytest.raises(UserError, match=r"init_pissa.pth does not exist"):
+            read_adapter(tmp_path / "slim.pth", pissa_init=gone)
 
     @pytest.mark.parametrize("version", ["x052", "x060"])
     def test_lora_of_rwkv_runner(self, version: str, tmp_path: Path) -> None:
@@ -322,6 +333,13 @@ class TestPeftFolders:
         with pytest.raises(UserError, match="also holds base parameters"):
             write_peft(tmp_path / "a", AdapterFile(tmp_path / "x", config, trained(config)[1]))
         assert not (tmp_path / "a").exists()
+
+    def test_another_alpha_is_refused(self, tmp_path: Path) -> None:
+        _model, tensors = trained(LORA)
+        write_peft(tmp_path / "folder", AdapterFile(Path("own"), LORA, tensors))
+        assert read_adapter(tmp_path / "folder", alpha=32.0).config.alpha == 32.0
+        with pytest.raises(UserError, match=r"itself says that its alpha is 32.0"):
+            read_adapter(tmp_path / "folder", alpha=64.0)
 
     def test_weights_are_missing(self, tmp_path: Path) -> None:
         _model, tensors = trained(LORA)
