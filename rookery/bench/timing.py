@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 CLOCKS = {
-    "wall": "seconds that pass, which on a machine with other work to do depend on that work",
-    "cpu": "processor seconds of this process, all its threads together, which hardly do",
+    "wall": "seconds that pass: to be trusted on a machine with nothing else to do",
+    "cpu": "processor seconds of this process, all its threads together: to be trusted on a shared machine, best with "
+    "one thread, as waiting threads count too",
 }
+"""What the two clocks are, for records."""
 
 ENOUGH = 0.05
 """Seconds that one measurement should take at least; shorter things are done several times in a row."""
@@ -34,11 +36,10 @@ class Times:
 
     def report(self, device: str) -> dict[str, Any]:
         """Median, shortest and longest by each clock; on a GPU only wall time, as the processor waits."""
-        clocks = ("wall",) if device == "cuda" else ("wall", "cpu")
         return {
             clock: {"median": rounded(self.median(clock)), "least": rounded(min(self.of(clock))),
                     "most": rounded(max(self.of(clock)))}
-            for clock in clocks
+            for clock in clocks_of(device)
         }  # fmt: skip
 
     def rate(self, amount: float, device: str) -> dict[str, float]:
@@ -69,6 +70,16 @@ def alternate(runs: Mapping[str, Callable[[], object]], rounds: int, device: str
             times[name].cpu.append((time.process_time() - cpu) / repeats[name])
             times[name].wall.append((time.perf_counter() - wall) / repeats[name])
     return times
+
+
+def clocks_of(device: str) -> tuple[str, ...]:
+    """Those that say something of work on `device`."""
+    return ("wall",) if device == "cuda" else ("wall", "cpu")
+
+
+def faster(slow: Times, fast: Times, device: str) -> dict[str, float]:
+    """How many times as fast, by each clock: the ratio of the medians."""
+    return {clock: rounded(slow.median(clock) / fast.median(clock)) for clock in clocks_of(device)}
 
 
 def wait(device: str) -> None:

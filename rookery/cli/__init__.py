@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": N_("Serve a model over HTTP, with OpenAI's API"),
     "eval": N_("Measure a model"),
     "ui": N_("Open the web console"),
+    "bench": N_("Measure speed and memory on this machine, beside other programs"),
     "doctor": N_("Say what this machine can do, and what would make it faster"),
 }
 """Subcommand -> what it does; each is the `app` of the module of its name in this package."""

@@ -1,0 +1,197 @@
+"""Training steps: speed, share of the machine's peak, memory, and where the time goes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from rookery.bench import plain7
+from rookery.bench.live_bytes import LiveBytes
+from rookery.bench.setting import Setting, random_model
+from rookery.bench.timing import alternate, faster, rounded, wait
+from rookery.bench.work import FORMULAS, multiplications, peak
+from rookery.formats import write_pth
+from rookery.formats.convert import convert
+from rookery.models import RWKV7
+from rookery.train.device import keep_freed_memory
+from rookery.train.loop import Batch
+from rookery.train.optim import build_optimizer, parameter_groups
+from rookery.train.precision import set_matmul_precision
+from rookery.train.run import language_loss
+from rookery.train.schedule import Rates
+from rookery.train.strategies import SingleDevice
+
+RATE, EPS, BETAS = 1e-4, 1e-18, (0.9, 0.99)
+
+PARTS = {
+    "matrix products": ("_OneDNN", "aten::mm", "aten::addmm", "aten::linear", "aten::matmul"),
+    "recurrence": ("_Mix7", "_WKV", "aten::bmm", "aten::linalg_solve_triangular", "aten::cumsum"),
+    "head": ("_HeadLoss",),
+    "optimiser": ("Optimizer.step", "aten::_foreach", "aten::linalg_vector_norm"),
+}
+"""Part of a step -> beginnings of the names of the operations that are it, with all that they call."""
+
+Step = Callable[[], Tensor]
+"""Makes one optimiser step, and gives its loss, 0-dim."""
+
+
+def measure(setting: Setting, against: Sequence[str] = (), given_peak: float = 0.0) -> dict[str, Any]:
+    """Steps of the engine that trains, on random tokens, and those of peers from the same weights.
+
+    Args:
+        setting: sizes; `precision` of the peers too, which compute in bf16 by autocast.
+        against: peers that can run here.
+        given_peak: FLOP a second of the device; 0 measures it.
+    """
+    keep_freed_memory()
+    set_matmul_precision(setting.precision)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(setting.vocab_size, (setting.micro_bsz, setting.ctx_len + 1), generator=generator)
+    tokens, targets = (part.contiguous().to(setting.device) for part in (text[:, :-1], text[:, 1:]))
+    batch = Batch(tokens, targets, trained=targets.numel(), first_sample=0)
+
+    steps: dict[str, Step] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name in ("rookery", *against):
+        results[name], steps[name] = _first_step(partial(BUILDERS[name], setting, batch), setting.device)
+    top = peak(setting.device, setting.dtype, given_peak)
+    times = alternate(steps, setting.rounds, setting.device)
+    matrices = multiplications(random_model(setting.shape))
+    for name, spent in times.items():
+        speed = spent.rate(setting.tokens, setting.device)
+        results[name] |= {
+            "tokens a second": speed,
+            "mfu": {clock: rounded(6 * matrices * rate / top[clock]) for clock, rate in speed.items()},
+            "seconds a step": spent.report(setting.device),
+        }
+    results["rookery"]["split"] = split(steps["rookery"], setting.device)
+    return {
+        "setting": setting.report(),
+        "formulas": FORMULAS,
+        "training FLOP a token": 6 * matrices,
+        "peak FLOP a second": {clock: rounded(value) for clock, value in top.items()},
+        "results": results,
+        "rookery is faster by": {name: faster(times[name], times["rookery"], setting.device) for name in against},
+    }
+
+
+def _first_step(build: Callable[[], Step], device: str) -> tuple[dict[str, Any], Step]:
+    """Builds something that trains, and watches its first two steps: the loss of the first, and the memory of both."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        step = build()
+        torch.cuda.reset_peak_memory_stats()
+        first = float(step())
+        step()
+        wait(device)
+        return {"first loss": rounded(first), "peak bytes": torch.cuda.max_memory_allocated() - before}, step
+    with LiveBytes([]) as live:
+        step = build()
+        live.peak = 0  # what building took is not asked
+        first = float(step())
+        step()
+    return {"first loss": rounded(first), "peak bytes": live.peak}, step
+
+
+def _rookery(setting: Setting, batch: Batch) -> Step:
+    model = random_model(setting.shape, kernel=setting.kernel).train()
+    model.grad_cp = setting.grad_cp
+    groups = parameter_groups(model.named_parameters(), setting.version, weight_decay=False)
+    engine = SingleDevice(
+        model.to(setting.device),
+        partial(build_optimizer, groups=groups, betas=BETAS, eps=EPS),
+        dtype=setting.dtype,
+        grad_clip=1.0,
+    )
+
+    def step() -> Tensor:
+        for part in language_loss(engine.model, batch):
+            engine.backward(part.loss, weight=1.0, last=part.last)
+        loss, _norm = engine.step(Rates(RATE, 0.0, 0.0))
+        return loss
+
+    return step
+
+
+def _plain(setting: Setting, batch: Batch) -> Step:
+    model = random_model(setting.shape).train().to(setting.device)
+    assert isinstance(model, RWKV7)
+    return _usual_step(model, setting, lambda: plain7.loss(model, batch.tokens, batch.targets))
+
+
+def _fla(setting: Setting, batch: Batch) -> Step:
+    """flash-linear-attention's own model, with the same weights, through the files that it reads."""
+    import fla  # noqa: F401 - makes its models known to transformers
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM  # whose types are wrong
+    with tempfile.TemporaryDirectory() as folder:
+        write_pth(Path(folder) / "model.pth", random_model(setting.shape).state_dict())
+        convert(Path(folder) / "model.pth", Path(folder) / "hf")
+        model = loader.from_pretrained(Path(folder) / "hf", dtype=torch.float32).to(setting.device)
+    if setting.grad_cp:
+        model.gradient_checkpointing_enable()
+    model.train()
+    # It shifts the labels itself, so that the last token of a sample has none.
+    return _usual_step(model, setting, lambda: model(input_ids=batch.tokens, labels=batch.tokens, use_cache=False).loss)
+
+
+def _usual_step(model: nn.Module, setting: Setting, loss_of: Callable[[], Tensor]) -> Step:
+    """As people train with PyTorch: fp32 weights, autocast, clipping, fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+    half = setting.dtype in (torch.bfloat16, torch.float16)
+
+    def step() -> Tensor:
+        with torch.autocast(setting.device, setting.dtype if half else torch.bfloat16, enabled=half):
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+BUILDERS: dict[str, Callable[[Setting, Batch], Step]] = {
+    "rookery": _rookery,
+    "torch": _plain,
+    "fla": _fla,
+}
+
+
+def split(step: Callable[[], object], device: str, steps: int = 3) -> dict[str, float]:
+    """Share of each part in the time of a step: a GPU's, or else that of one thread; the rest is elementwise work and
+    overhead."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        step()
+        with profile(activities=activities) as recorded:
+            for _ in range(steps):
+                step()
+            wait(device)
+    finally:
+        torch.set_num_threads(threads)
+    spent: dict[str, float] = dict.fromkeys([*PARTS, "rest"], 0.0)
+    of_event: dict[int, str] = defaultdict(lambda: "rest")
+    events = recorded.events()
+    assert events is not None
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        parent = event.cpu_parent
+        part = of_event[id(parent)] if parent is not None else "rest"
+        if part == "rest":
+            part = next((part for part, names in PARTS.items() if event.name.startswith(names)), "rest")
+        of_event[id(event)] = part
+        spent[part] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    total = sum(spent.values())
+    return {part: round(time / total, 3) for part, time in spent.items()}
