@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import cast, get_args
 
 import typer
 
 from rookery.cli.ui import listen
 from rookery.errors import UserError
 from rookery.i18n import _
-
-if TYPE_CHECKING:
-    from rookery.serve.mounts import Mounts
+from rookery.serve.mounts import DEFAULT, Mounts
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -67,7 +65,7 @@ def serve(
     device: str = typer.Option("auto", help="cpu, cuda or auto"),
     dtype: str = typer.Option("auto", help="Format of the weights: fp32, bf16, fp16, int8 or auto"),
 ) -> None:
-    """Serve a model over HTTP with OpenAI's API. Ctrl-C lets running answers finish, a second one does not."""
+    """Serve a model over HTTP with OpenAI's API. Ctrl-C lets running answers finish, a second one cuts them short."""
     from rookery.serve.guard import is_loopback
     from rookery.tokenizer.chat import Thinking
 
@@ -88,11 +86,11 @@ def serve(
             raise UserError(_("{path} is no folder", path=folder))
     if think not in get_args(Thinking):
         raise UserError(_("--think {name}: expected one of {known}", name=think, known=", ".join(get_args(Thinking))))
+    tuned, adapted = named(state, "--state"), named(adapter, "--adapter")
     listener = listen(host, port)
 
     from rookery.infer import Engine, Request, Sampling, open_form
     from rookery.serve.app import create_app
-    from rookery.serve.mounts import Mounts
     from rookery.serve.prompts import Prompter
     from rookery.serve.server import Server
     from rookery.serve.service import Limits, Service
@@ -111,8 +109,9 @@ def serve(
     )
     states = Mounts(engine.mount_state, engine.unmount_state, states_dir, "--states-dir")
     adapters = Mounts(engine.mount_adapter, engine.unmount_adapter, adapters_dir, "--adapters-dir")
-    mount(states, state, "--state")
-    mount(adapters, adapter, "--adapter")
+    for mounts, files in ((states, tuned), (adapters, adapted)):
+        for shown, file in files:
+            mounts.add(shown, file)
     limits = Limits(queue, max_prompt, timeout, int(max_body * 1e6), drain=drain)
     with engine:
         # What the first answer makes the libraries compile is done before anybody waits for it.
@@ -154,18 +153,20 @@ def keys_in(file: Path) -> list[str]:
     return keys
 
 
-def mount(mounts: Mounts, given: list[str], flag: str) -> None:
-    """Mount what a flag names.
+def named(given: list[str], flag: str) -> list[tuple[str, Path]]:
+    """Names and files of a flag that mounts, both checked.
 
     Raises:
-        UserError: a name is none, or a file cannot be mounted.
+        UserError: a name is none, or there is no such file.
     """
-    from rookery.serve.mounts import DEFAULT
-
+    found = []
     for word in given:
         name, equals, file = word.partition("=")
         if not equals or Path(word).exists():
             name, file = DEFAULT, word
         if not re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", name):
             raise UserError(_("{flag} {word}: a name has letters, digits, _ . and - only", flag=flag, word=word))
-        mounts.add(name, Path(file))
+        if not Path(file).exists():
+            raise UserError(_("{path} does not exist", path=file))
+        found.append((name, Path(file)))
+    return found

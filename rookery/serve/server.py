@@ -16,7 +16,8 @@ CONNECTIONS = 1024
 
 
 class Server(uvicorn.Server):
-    """Serves `app`. The first SIGINT or SIGTERM drains the service and ends then, the second ends at once."""
+    """Serves `app`. The first SIGINT or SIGTERM lets running answers finish, the second cuts them short, the third
+    waits for no client."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         config = uvicorn.Config(
@@ -31,16 +32,17 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service = service
+        self._signals = 0
 
     def serve_on(self, listener: socket.socket) -> None:
         """Answer until a signal comes."""
         self.run(sockets=[listener])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._service.draining:
+        self._signals += 1
+        if self._signals > 2:
             super().handle_exit(sig, frame)
-        else:
-            self._service.drain()
+        self._service.drain()
 
     async def on_tick(self, counter: int) -> bool:
         # Called ten times a second.

@@ -133,8 +133,11 @@ class Service:
             self.accepted -= job.answers
 
     def drain(self) -> None:
-        """Take nothing new; what runs has `Limits.drain` seconds. May be called from a signal handler."""
-        self._drained_at = time.monotonic() + self.limits.drain
+        """Take nothing new; what runs has `Limits.drain` seconds, or ends now if this was called before.
+
+        May be called from a signal handler.
+        """
+        self._drained_at = time.monotonic() + (0 if self.draining else self.limits.drain)
         self.draining = True
 
     def drained(self) -> bool:

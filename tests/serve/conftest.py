@@ -151,5 +151,6 @@ def babbling(babbler: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     adapters = babbler / "adapters"
     mounts = ["--state", f"poet={states / 'poet.pth'}", "--adapter", f"sailor={adapters / 'sailor.safetensors'}"]
     folders = ["--states-dir", states, "--adapters-dir", adapters]
-    options = ["--name", "babbler", *mounts, *folders, "--max-body", "0.1", "--slots", "8"]
+    limits = ["--max-body", "1", "--slots", "8", "--max-prompt", "300", "--max-tokens", "100000"]
+    options = ["--name", "babbler", *mounts, *folders, *limits]
     yield from shared(tmp_path_factory.mktemp("babbling"), babbler, *options)

@@ -17,23 +17,22 @@ ENDLESS = {
 """A schema that is read without complaint and found to be too large when the first token is to be chosen."""
 
 
-def test_a_form_that_fails_in_the_midst_of_answering_harms_nobody_else(serve, babbler) -> None:
-    server = serve(babbler, "--name", "babbler", "--max-tokens", 100_000)
-    ask = server.client.completions.create
+def test_a_form_that_fails_in_the_midst_of_answering_harms_nobody_else(babbling) -> None:
+    ask = babbling.client.completions.create
     running = ask(model="babbler", prompt="Once", max_tokens=100_000, stream=True)
     chunks = [next(running) for _chunk in range(5)]
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": ENDLESS}}
     hostile = {"model": "babbler", "messages": [{"role": "user", "content": "x"}], "response_format": form}
     with pytest.raises(openai.BadRequestError, match="form asked"):
-        server.client.chat.completions.create(**hostile)
+        babbling.client.chat.completions.create(**hostile)
     with pytest.raises(openai.APIError, match="form asked"):
-        list(server.client.chat.completions.create(**hostile, stream=True))
-    server.wait_until(slots_active=1)
+        list(babbling.client.chat.completions.create(**hostile, stream=True))
+    babbling.wait_until(slots_active=1)
     chunks += [next(running) for _chunk in range(500)]
     assert all(chunk.choices[0].text and not chunk.choices[0].finish_reason for chunk in chunks)
     running.close()
-    server.wait_until(slots_active=0, accepted=0)
-    assert server.errors == ""
+    babbling.wait_until(slots_active=0, accepted=0)
+    assert babbling.errors == ""
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.001, 1e-9, 1e-300, 5e-324])

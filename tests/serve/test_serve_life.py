@@ -9,11 +9,10 @@ import sys
 import threading
 import time
 
-import httpx
 import openai
 import pytest
 
-LONG = {"model": "babbler", "prompt": "Once", "max_tokens": 4000}
+LONG = {"model": "babbler", "prompt": "Once", "max_tokens": 3000}
 
 
 def stream(server, **change):
@@ -90,37 +89,28 @@ def test_a_full_server_refuses_at_once_and_finishes_what_it_took(serve, babbler)
 
 
 def test_time_is_limited(serve, babbler) -> None:
-    server = serve(babbler, "--name", "babbler", "--timeout", "1.5", "--max-tokens", "1000000")
+    server = serve(babbler, "--name", "babbler", "--slots", "1", "--timeout", "1.5", "--max-tokens", "1000000")
     endless = LONG | {"max_tokens": 1000000}
     chunks = list(server.client.completions.create(**endless, stream=True))
     assert chunks[-1].choices[0].finish_reason == "length"
     assert 10 < len(text_of(chunks)) < 1000000
-    whole = server.client.completions.create(**endless)
-    assert whole.choices[0].finish_reason == "length"
-    assert 10 < whole.usage.completion_tokens < 1000000
-    server.wait_until(slots_active=0, accepted=0)
-
-
-def test_time_in_the_queue_is_limited(serve, babbler) -> None:
-    server = serve(babbler, "--name", "babbler", "--slots", "1", "--timeout", "1.5", "--max-tokens", "1000000")
-    body = LONG | {"max_tokens": 1000000, "n": 2}
+    # Of two, one never gets the slot.
     with pytest.raises(openai.InternalServerError) as caught:
-        server.client.completions.create(**body)
+        server.client.completions.create(**endless, n=2)
     assert caught.value.status_code == 503
     assert caught.value.body["code"] == "timeout"
     with pytest.raises(openai.APIError, match="waited too long"):
-        list(server.client.completions.create(**(body | {"stream": True})))
+        list(server.client.completions.create(**endless, n=2, stream=True))
     server.wait_until(slots_active=0, queue=0, accepted=0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_running_answers_finish(serve, babbler, sign) -> None:
+def test_a_signal_lets_running_answers_finish(serve, babbler) -> None:
     server = serve(babbler, "--name", "babbler", "--slots", "1")
     alone = server.client.completions.create(**LONG).choices[0].text
     running, chunks = stream(server)
     waiting = server.client.completions.create(**(LONG | {"stream": True, "max_tokens": 1000}))
-    server.process.send_signal(sign)
+    server.process.send_signal(signal.SIGTERM)
     end = time.monotonic() + 10
     while server.http.get("/health").json()["status"] != "draining":
         assert time.monotonic() < end
@@ -149,16 +139,14 @@ def test_the_end_does_not_wait_for_ever(serve, babbler) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
-def test_a_second_signal_ends_at_once(serve, babbler) -> None:
+def test_a_second_signal_cuts_answers_short(serve, babbler) -> None:
     server = serve(babbler, "--name", "babbler", "--max-tokens", "1000000", "--drain", "600")
-    running, _chunks = stream(server, max_tokens=1000000)
+    running, chunks = stream(server, max_tokens=1000000)
     server.process.send_signal(signal.SIGINT)
+    end = time.monotonic() + 10
     while server.http.get("/health").json()["status"] != "draining":
-        pass
+        assert time.monotonic() < end
     server.process.send_signal(signal.SIGINT)
-    begun = time.monotonic()
-    with pytest.raises((httpx.HTTPError, openai.APIError)):
-        for _chunk in running:
-            pass
-    server.wait()
-    assert time.monotonic() - begun < 15
+    chunks += running
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert server.wait() == 0

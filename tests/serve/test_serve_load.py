@@ -20,11 +20,11 @@ SPEC.loader.exec_module(serve_load)
 def test_every_answer_is_that_given_alone_and_nothing_is_left(serve, babbler) -> None:
     """16 slots, so that half of the streams wait; a small cache, so that memory stays where it is."""
     server = serve(babbler, "--slots", "16", "--cache", "1")
-    asyncio.run(serve_load.load(server.url, 1, 32, serve_load.Tally(), seed=0))
+    asyncio.run(serve_load.load(server.url, 0.5, 32, serve_load.Tally(), seed=0))
     process = psutil.Process(server.process.pid)
     memory, files = process.memory_info().rss, process.num_fds() if hasattr(process, "num_fds") else 0
     tally = serve_load.Tally()
-    asyncio.run(serve_load.load(server.url, 4, 32, tally, seed=1))
+    asyncio.run(serve_load.load(server.url, 3, 32, tally, seed=1))
     assert tally.wrong == []
     assert tally.whole > 32
     assert tally.cut > 16
