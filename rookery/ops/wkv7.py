@@ -125,10 +125,12 @@ def wkv7_chunked(
 
     S = r.new_zeros(B, H, N, N) if state is None else state.to(r.dtype)
     y = []
-    for c in range(chunks):
-        u = u_of_state[:, :, c] @ S.mT + u_of_values[:, :, c]
-        y.append(r_in[:, :, c] @ S.mT + r_b[:, :, c] @ u + y_of_values[:, :, c])
-        S = S * P_end[:, :, c] + u.mT @ b_end[:, :, c] + S_of_values[:, :, c]
+    # Taken apart once: each slice of its own would have a gradient of the whole size, which is quadratic in the length.
+    parts = (u_of_state, u_of_values, r_in, r_b, y_of_values, P_end, b_end, S_of_values)
+    for us, uv, r_c, rb, yv, end, b_c, Sv in zip(*(part.unbind(2) for part in parts), strict=True):
+        u = us @ S.mT + uv
+        y.append(r_c @ S.mT + rb @ u + yv)
+        S = S * end + u.mT @ b_c + Sv
     out = torch.cat(y, dim=2)[:, :, :T].transpose(1, 2)
     return out.to(out_dtype).contiguous(), S
 
