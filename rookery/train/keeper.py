@@ -151,6 +151,10 @@ class Keeper(Callback):
         loss = self._validate()
         if loss is None:
             return
+        if not math.isfinite(loss):
+            self.progress.worse_validations += 1
+            self._observers.on_message(_("the validation loss is not finite at step {step}", step=self.progress.step))
+            return
         self.progress.val_loss = loss
         self._observers.on_validation(self.progress.step, loss)
         if self.progress.best_val_loss is None or loss < self.progress.best_val_loss:

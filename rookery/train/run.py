@@ -286,10 +286,13 @@ def _train(
             exit_reason=reason,
         )
 
-    if progress.step >= schedule.total_steps or 0 < config.data.early_stop <= progress.worse_validations:
+    stopped_early = 0 < config.data.early_stop <= progress.worse_validations
+    if progress.step >= schedule.total_steps or stopped_early:
         if not final.exists():
             weights.write("final")
         reason = _("all {steps} steps were already trained; the model is {file}", steps=progress.step, file=final)
+        if stopped_early:
+            reason = _stopped_early(progress, weights)
         observers.on_message(reason)
         return result(reason)
 
@@ -354,13 +357,7 @@ def _train(
         reason = _("the device ran out of memory at step {step}.", step=progress.step + 1)
         raise UserError(f"{reason}\n{advice(plan, free_memory(plan.accelerator))}") from error
     except StoppedEarly:
-        reason = _(
-            "the validation loss has not become better for {count} validations: stopped at step {steps}; the best is "
-            "{file}",
-            count=progress.worse_validations,
-            steps=progress.step,
-            file=weights.file("best"),
-        )
+        reason = _stopped_early(progress, weights)
         observers.on_message(reason)
         return result(reason)
     except Diverged as error:
@@ -368,6 +365,15 @@ def _train(
     reason = _("trained {steps} steps; the model is {file}", steps=progress.step, file=final)
     observers.on_message(reason)
     return result(reason)
+
+
+def _stopped_early(progress: Progress, weights: WeightFiles) -> str:
+    return _(
+        "the validation loss has not become better for {count} validations: stopped at step {steps}; the best is {file}",
+        count=progress.worse_validations,
+        steps=progress.step,
+        file=weights.file("best"),
+    )
 
 
 def _open_training_data(config: TrainConfig) -> Dataset:

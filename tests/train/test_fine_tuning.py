@@ -7,13 +7,16 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from train_pieces import STEPS, random_tokens, tiny_model
+from train_pieces import STEPS, VOCAB, random_tokens, tiny_model
 
 import rookery
+from rookery.data import BinIdxWriter
 from rookery.errors import Interrupted, UserError
 from rookery.formats import read_adapter, read_weights, write_pth
+from rookery.tokenizer import Character
 from rookery.train.callbacks import Callback
 
 METHODS = {
@@ -181,7 +184,25 @@ def test_a_run_without_improvement_stops_and_keeps_its_best(tuning, tmp_path) ->
     assert values.index(min(values)) == len(values) - 4
     best, final = (read_adapter(tmp_path / "run" / f"adapter-{name}.safetensors") for name in ("best", "final"))
     assert any(not torch.equal(best.tensors[name], final.tensors[name]) for name in best.tensors)
-    assert rookery.train.run(stopping).step == result.step, "the same command does not go on"
+    again = rookery.train.run(stopping)
+    assert (again.step, again.exit_reason) == (result.step, result.exit_reason), "the same command does not go on"
+
+
+def test_a_validation_loss_that_is_not_finite_counts_as_worse(tuning, tmp_path, capsys) -> None:
+    """Here the validation data have a token with a broken embedding that the training data do not have."""
+    weights = read_weights(tuning().model.load_model)
+    weights["emb.weight"] = weights["emb.weight"].clone()
+    weights["emb.weight"][VOCAB - 1] = torch.nan
+    write_pth(tmp_path / "broken.pth", weights)
+    for name, tokens in (("training", VOCAB - 1), ("validation", VOCAB)):
+        with BinIdxWriter(tmp_path / name, np.uint16, Character([chr(ord("A") + i) for i in range(VOCAB)])) as writer:
+            writer.add((np.arange(400) % tokens).astype(np.uint16))
+    settings = {"peft": "lora", "lora_r": 4, "load_model": str(tmp_path / "broken.pth"), "val_every": 1}
+    data = {"data_file": str(tmp_path / "training"), "val_file": str(tmp_path / "validation")}
+    result = rookery.train.run(tuning(**settings, **data, early_stop=3, save_every=1))
+    assert result.step == 3
+    assert result.val_loss is None
+    assert "the validation loss is not finite at step 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
