@@ -129,7 +129,6 @@ LEGACY: dict[str, LegacyFlag] = {
         silent=("true", "1"),
         answer=N_("the progress display shows itself on a terminal only; elsewhere plain lines are printed"),
     ),
-    "ds_bucket_mb": LegacyFlag(answer=N_("the bucket size of DeepSpeed is chosen by Rookery")),
     "compile": LegacyFlag(silent=("0",), answer=_AUTO, arity="optional"),
     "fla": LegacyFlag(answer=_AUTO, arity="none"),
     "fla_npu": LegacyFlag(answer=_AUTO, arity="none"),

@@ -89,6 +89,9 @@ class Plan:
     quant: str = "none"
     accelerator: str = "cuda"
     kernel: str = "auto"
+    devices: int = 1
+    """Of all machines together."""
+    strategy: str = "single"
 
     @classmethod
     def of(cls, config: TrainConfig) -> Plan:
@@ -121,6 +124,8 @@ class Plan:
             quant=adapter.quant,
             accelerator="cpu" if config.device.accelerator == "cpu" else "cuda",
             kernel=run.kernel,
+            devices=config.device.devices * config.device.num_nodes,
+            strategy=config.device.strategy,
         )
 
     @property
@@ -132,6 +137,17 @@ class Plan:
     def tokens(self) -> int:
         """Tokens whose activations are in memory together."""
         return self.micro_bsz * (self.chunk_ctx or self.ctx_len)
+
+    def sharing(self, what: Literal["weights", "gradients", "optimiser"]) -> int:
+        """Devices that share it out among them; of an adapter's training, only the frozen weights."""
+        shared: tuple[str, ...]
+        if self.strategy == "fsdp":
+            shared = ("weights", "gradients", "optimiser") if self.peft == "none" else ("weights",)
+        else:
+            stage = self.strategy.removeprefix("deepspeed_stage_")[:1]
+            order = ("optimiser", "gradients", "weights")
+            shared = order[: int(stage)] if stage.isdigit() else ()
+        return self.devices if what in shared else 1
 
     @property
     def trained(self) -> Trained:
@@ -232,12 +248,16 @@ def estimate(plan: Plan) -> Estimate:
         in_last_block += size * plan.vocab_size * plan.n_embd
     activations = max(kept + head, in_last_block)
     # Gradients of a half-precision model are gathered in fp32 after each backward pass.
-    gradients = 4 * parameters.trained
+    gradients = 4 * parameters.trained // plan.sharing("gradients")
     several = plan.accumulate_grad_batches > 1 or 0 < plan.chunk_ctx < plan.ctx_len
     during = max(activations, in_first_block) + (gradients if several else 0)
     after = gradients + (size * parameters.trained if several and half else 0)
     weights = _weights(plan, parameters)
-    optimiser = (12 if half else 8) * parameters.trained
+    if plan.sharing("weights") > 1:
+        # Gathered when they are used: embedding and head for the whole step, and two blocks.
+        used = size * (2 * plan.vocab_size * plan.n_embd + 2 * parameters.matrices // plan.n_layer)
+        weights = weights // plan.sharing("weights") + min(used, weights)
+    optimiser = (12 if half else 8) * parameters.trained // plan.sharing("optimiser")
     overhead = CUDA_OVERHEAD if plan.accelerator == "cuda" else 0
     total = weights + optimiser + max(during, after) + overhead
     return Estimate(weights, optimiser, gradients, activations, overhead, total)

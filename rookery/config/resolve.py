@@ -142,7 +142,23 @@ class _Resolver:
                 self.notes.append(_("one device trains alone: {strategy} has nothing to share out", strategy=strategy))
             self.fill("strategy", "single", Origin("rule", _("one device")))
         self.fill_open("strategy", "ddp", Origin("rule", _("several devices")), open_value="auto")
+        self._check_strategy(world)
         self.fill_open("random_seed", 0, Origin("rule", _("a run can be repeated")), open_value=-1)
+
+    def _check_strategy(self, world: int) -> None:
+        strategy = self.values["strategy"]
+        if world > 1 and strategy == "single":
+            raise UserError(
+                _("strategy single is for one device, and there are {devices}: take ddp or fsdp", devices=world)
+            )
+        if world > 1 and strategy != "ddp" and self.values["train_type"] == "infctx":
+            raise UserError(
+                _(
+                    "with train_type infctx the devices may read different numbers of chunks, for which strategy "
+                    "{strategy} would wait in vain: take --strategy ddp",
+                    strategy=strategy,
+                )
+            )
 
     def data(self, facts: Mapping[str, Any]) -> None:
         origin = Origin("data", str(facts["file"]))

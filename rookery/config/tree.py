@@ -252,6 +252,7 @@ class DeviceSection(Section):
     devices: int = Field(1, ge=1, description="Devices of one machine")
     num_nodes: int = Field(1, ge=1, description="Machines")
     strategy: Strategy = Field("auto", description="How several devices share the work; one device needs none")
+    ds_bucket_mb: int = Field(200, ge=1, description="Millions of elements that DeepSpeed exchanges at a time")
 
 
 class LogSection(Section):

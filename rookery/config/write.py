@@ -29,6 +29,7 @@ MAY_CHANGE = frozenset(
         "kernel",
         "accelerator",
         "strategy",
+        "ds_bucket_mb",
     )
 )
 """Leaves that may differ between two sessions of one run.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -128,6 +130,10 @@ def joined(place: Place | None, accelerator: str) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(place.local_rank)
     os.environ.update(place.environment)
+    interface = _interface_towards(place.address)
+    if interface is not None:
+        # By default gloo takes the one that the machine's own name stands for, which is often a wrong one or none.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
         dist.init_process_group(backend, timeout=LONGEST_WAIT, rank=place.rank, world_size=place.world_size)
@@ -156,6 +162,21 @@ def joined(place: Place | None, accelerator: str) -> Iterator[Ranks]:
         raise
     finally:
         _leave(ranks.watch, failed)
+
+
+def _interface_towards(address: str) -> str | None:
+    """Name of the network interface through which this machine reaches `address`."""
+    try:
+        family, kind, _protocol, _name, place = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # of a datagram socket: only the route is looked up, nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address.split("%")[0] == own for found in addresses):
+            return name
+    return None
 
 
 def _leave(watch: Watch, failed: bool) -> None:

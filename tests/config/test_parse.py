@@ -201,10 +201,9 @@ def test_a_bad_recipe_is_named_with_its_line(tmp_path: Path, text: str, message:
 
 
 def test_what_other_trainers_do_differently_is_said_in_one_line_each() -> None:
-    notes = parse(words("--fla --ds_bucket_mb 2 --enable_progress_bar False --op cuda")).notes
+    notes = parse(words("--fla --enable_progress_bar False --op cuda")).notes
     assert [note.split(":")[0] for note in notes] == [
         "--fla",
-        "--ds_bucket_mb 2",
         "--enable_progress_bar False",
         "--op cuda",
     ]
@@ -240,7 +239,7 @@ def test_the_published_scripts_are_understood() -> None:
 
     config, _, notes = parse(words(RWKV_LM_V5_PREPARE))
     assert (config.run.train_stage, config.run.epoch_count, config.model.head_size) == (1, 1, 64)
-    assert [note.split(":")[0] for note in notes] == ["--enable_progress_bar False", "--ds_bucket_mb 200"]
+    assert [note.split(":")[0] for note in notes] == ["--enable_progress_bar False"]
 
 
 @given(

@@ -1,9 +1,8 @@
-"""Several processes of one run: started by the command itself, lost, stopped, and gone on with under another strategy."""
+"""Several processes of one run: started by the command, lost, stopped, and gone on with under another strategy."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys

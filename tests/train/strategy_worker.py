@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rookery.formats import write_weights
 from rookery.quant import quantise
 from rookery.train.loop import Batch, fit
 from rookery.train.optim import build_optimizer, parameter_groups
+from rookery.train.precision import DTYPES
 from rookery.train.ranks import Ranks, joined
 from rookery.train.run import language_loss
 from rookery.train.schedule import Schedule
@@ -28,6 +30,27 @@ from rookery.train.strategies import create_engine
 STEPS, SAVED, ACCUMULATE, PER_RANK = 20, 10, 2, 2
 SCHEDULE = Schedule(1e-3, 1e-4, 3, 32, 640, 100, 1, weight_decay=0.1)
 FINE_TUNINGS = ("lora", "state", "int8", "bf16 lora")
+
+
+def saved_by(strategy: str, strategies: Sequence[str]) -> list[str]:
+    """Whose checkpoints it goes on from. All read the same files: DeepSpeed, slow to begin, reads one of its own, one
+    of another cut and a whole one, and is read by FSDP2."""
+    if strategy.startswith("deepspeed"):
+        return [strategy, "fsdp"] if strategy == "deepspeed_stage_1" else ["single"]
+    return ["single", *strategies]
+
+
+def precisions(strategy: str) -> tuple[str, ...]:
+    """DeepSpeed has no fp16 on a CPU."""
+    if strategy.startswith("deepspeed"):
+        return ("bf16",) if strategy in ("deepspeed_stage_2", "deepspeed_stage_3") else ()
+    return ("bf16", "fp16")
+
+
+def fine_tunings(strategy: str) -> tuple[str, ...]:
+    if strategy.startswith("deepspeed"):
+        return ("lora", "bf16 lora") if strategy == "deepspeed_stage_2" else ()
+    return FINE_TUNINGS
 
 
 def engine_of(model, dtype, strategy: str, ranks: Ranks):
@@ -69,9 +92,15 @@ def train(engine, ranks: Ranks, steps: range) -> list[list[float]]:
     return seen
 
 
+def exact_dtype(strategy: str) -> torch.dtype:
+    """DeepSpeed knows no fp64."""
+    return torch.float32 if strategy.startswith("deepspeed") else torch.float64
+
+
 def train_all(strategy: str, folder: Path, ranks: Ranks) -> list[list[float]]:
     """All weights; leaves a checkpoint of the middle and the weights of the end in `folder`."""
-    engine = engine_of(tiny_model(torch.float64), torch.float64, strategy, ranks)
+    dtype = exact_dtype(strategy)
+    engine = engine_of(tiny_model(dtype), dtype, strategy, ranks)
     seen = train(engine, ranks, range(SAVED))
     if ranks.main:
         folder.mkdir()
@@ -90,10 +119,11 @@ def train_all(strategy: str, folder: Path, ranks: Ranks) -> list[list[float]]:
 
 def go_on(strategy: str, folder: Path, ranks: Ranks) -> list[list[float]]:
     """From a checkpoint of whatever strategy, with weights that are not set."""
-    model = tiny_model(torch.float64)
+    dtype = exact_dtype(strategy)
+    model = tiny_model(dtype)
     for p in model.parameters():
-        p.data.fill_(float("nan"))
-    engine = engine_of(model, torch.float64, strategy, ranks)
+        p.data.fill_(7.0)
+    engine = engine_of(model, dtype, strategy, ranks)
     engine.load(folder)
     return train(engine, ranks, range(SAVED, STEPS))
 
@@ -118,8 +148,8 @@ def fine_tune(kind: str, strategy: str, ranks: Ranks) -> list[list[float]]:
     return train(engine, ranks, range(5))
 
 
-def half_precision(strategy: str, precision: torch.dtype, ranks: Ranks) -> list[list[float]]:
-    engine = engine_of(tiny_model(), precision, strategy, ranks)
+def half_precision(strategy: str, precision: str, ranks: Ranks) -> list[list[float]]:
+    engine = engine_of(tiny_model(), DTYPES[precision], strategy, ranks)
     return train(engine, ranks, range(10))
 
 
@@ -129,11 +159,11 @@ def main(folder: Path, strategies: list[str]) -> None:
         for strategy in strategies:
             found[strategy] = {"all": train_all(strategy, folder / strategy, ranks)}
         for strategy in strategies:
-            for saved in ("single", *strategies):
+            for saved in saved_by(strategy, strategies):
                 found[strategy][f"from {saved}"] = go_on(strategy, folder / saved, ranks)
-            found[strategy]["bf16"] = half_precision(strategy, torch.bfloat16, ranks)
-            found[strategy]["fp16"] = half_precision(strategy, torch.float16, ranks)
-            for kind in FINE_TUNINGS:
+            for precision in precisions(strategy):
+                found[strategy][precision] = half_precision(strategy, precision, ranks)
+            for kind in fine_tunings(strategy):
                 found[strategy][kind] = fine_tune(kind, strategy, ranks)
         if ranks.main:
             (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")

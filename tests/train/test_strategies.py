@@ -1,7 +1,7 @@
 """Two processes train as one does, under every strategy: same losses, same gradient norms, same weights.
 
 In fp64 only the order of sums differs between one device and two, 1e-16 of each. Measured over 20 steps: 5e-16; what is
-allowed leaves room for other processors.
+allowed leaves room for other processors. DeepSpeed has fp32 only, where the same is 1e-7 of each: measured 6e-7.
 """
 
 import json
@@ -9,17 +9,37 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from strategy_worker import FINE_TUNINGS, SAVED, fine_tune, go_on, half_precision, train_all
+from strategy_worker import (
+    SAVED,
+    fine_tune,
+    fine_tunings,
+    go_on,
+    half_precision,
+    precisions,
+    saved_by,
+    train_all,
+)
 
 from rookery.formats import read_weights
 from rookery.train.ranks import ALONE
 
-STRATEGIES = ("ddp", "fsdp")
-EXACT = 1e-12
+ZERO = (
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3",
+    "deepspeed_stage_3_offload",
+)
+STRATEGIES = ("ddp", "fsdp", *(ZERO if find_spec("deepspeed") else ()))
+
+
+def tolerance(strategy: str) -> float:
+    return 1e-5 if strategy in ZERO else 1e-12
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +78,11 @@ def pair(single):
     return json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
 
-def same(found, expected, tolerance):
+def same(found, expected, close):
     assert len(found) == len(expected)
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
-        assert loss == pytest.approx(expected_loss, rel=tolerance)
-        assert norm == pytest.approx(expected_norm, rel=10 * tolerance)
+        assert loss == pytest.approx(expected_loss, rel=close)
+        assert norm == pytest.approx(expected_norm, rel=10 * close)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -70,19 +90,23 @@ def test_losses_and_weights_are_those_of_one_device(single, pair, strategy):
     folder, losses = single
     assert losses[-1][0] < losses[0][0] - 0.1
     assert max(norm for _loss, norm in losses) > 0.3, "clipping never mattered"
-    same(pair[strategy]["all"], losses, EXACT)
+    same(pair[strategy]["all"], losses, tolerance(strategy))
     expected, found = (read_weights(folder / name / "final.pth") for name in ("single", strategy))
     assert list(found) == list(expected)
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+        close = 1e-4 if strategy in ZERO else 1e-9
+        torch.testing.assert_close(found[name].double(), tensor, rtol=close, atol=close, msg=name)
 
 
-@pytest.mark.parametrize("saved", ["single", *STRATEGIES])
-@pytest.mark.parametrize("strategy", ["single", *STRATEGIES])
+@pytest.mark.parametrize(
+    ("strategy", "saved"),
+    [("single", saved) for saved in STRATEGIES]
+    + [(strategy, saved) for strategy in STRATEGIES for saved in saved_by(strategy, STRATEGIES)],
+)
 def test_any_strategy_goes_on_from_the_checkpoint_of_any(single, pair, strategy, saved):
     folder, losses = single
     found = go_on("single", folder / saved, ALONE) if strategy == "single" else pair[strategy][f"from {saved}"]
-    same(found, losses[SAVED:], EXACT)
+    same(found, losses[SAVED:], max(tolerance(strategy), tolerance(saved)))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -95,25 +119,21 @@ def test_ranks_share_the_bytes_of_a_checkpoint(single, pair, strategy):
         assert max(sizes) < 0.7 * whole
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("strategy", "precision"), [(s, p) for s in STRATEGIES for p in precisions(s)])
 def test_half_precision_stays_close(pair, strategy, precision):
     """Gradients are rounded to 8 or 11 bits before they are added up, on two devices in other parts than on one.
     Measured: 6e-5 of the loss."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    for (loss, _norm), (expected, _) in zip(
-        pair[strategy][precision], half_precision("single", dtype, ALONE), strict=True
-    ):
-        assert loss == pytest.approx(expected, rel=1e-3)
+    expected = half_precision("single", precision, ALONE)
+    for (loss, _norm), (expected_loss, _) in zip(pair[strategy][precision], expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-3)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("kind", FINE_TUNINGS)
+@pytest.mark.parametrize(("strategy", "kind"), [(s, kind) for s in STRATEGIES for kind in fine_tunings(s)])
 def test_frozen_models_with_states_adapters_and_quantised_layers(pair, strategy, kind):
     # Measured: 7e-5 in bf16, 2e-7 in fp32.
-    tolerance = 1e-3 if kind.startswith("bf16") else 1e-5
+    close = 1e-3 if kind.startswith("bf16") else 1e-5
     found, expected = pair[strategy][kind], fine_tune(kind, "single", ALONE)
     assert expected[-1] != expected[0]
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
-        assert loss == pytest.approx(expected_loss, rel=tolerance)
-        assert norm == pytest.approx(expected_norm, rel=20 * tolerance)
+        assert loss == pytest.approx(expected_loss, rel=close)
+        assert norm == pytest.approx(expected_norm, rel=20 * close)

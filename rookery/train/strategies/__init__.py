@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rookery.config.tree import DeviceSection
+from rookery.errors import UserError
+from rookery.i18n import _
 from rookery.train.ranks import ALONE, Ranks
 from rookery.train.strategies.engine import Engine
 from rookery.train.strategies.single import SingleDevice
@@ -30,10 +32,28 @@ def create_engine(
     from rookery.train.strategies.replicated import Replicated
     from rookery.train.strategies.sharded import Sharded, shard
 
-    strategy = "ddp" if settings is None else settings.strategy
+    settings = settings or DeviceSection(strategy="ddp")
+    strategy = settings.strategy
+    if strategy.startswith("deepspeed"):
+        from rookery.train.strategies.zero import Zero
+
+        bucket_mb = settings.ds_bucket_mb
+        return Zero(
+            model,
+            build_optimizer,
+            dtype=dtype,
+            grad_clip=grad_clip,
+            strategy=strategy,
+            bucket_mb=bucket_mb,
+            ranks=ranks,
+        )
     if strategy == "fsdp":
         trained = {p for p in model.parameters() if p.requires_grad}
         if len(trained) == len(list(model.parameters())):
+            if any(name.endswith(".att.time_state") for name, _p in model.named_parameters()):
+                raise UserError(
+                    _("strategy fsdp cannot train tuned initial states together with the whole model: take ddp")
+                )
             return Sharded(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, ranks=ranks)
         # In fine-tuning little trains: that is copied to every rank, and only the frozen model is cut up.
         for p in model.parameters():

@@ -100,4 +100,3 @@ class Pieces:
     def whole(self, name: str) -> Tensor:
         """The tensor in its own shape."""
         return self.read(name).reshape(self.shapes[name])
-

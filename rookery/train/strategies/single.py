@@ -168,10 +168,14 @@ class SingleDevice:
         with Pieces(folder, OPTIMIZER) as pieces:
             for full_name in pieces:
                 key, name = full_name.split("/", 1)
-                if self._masters[name].numel():
-                    counts = not pieces.shapes[full_name]  # steps of the parameter, the same for all parts
-                    tensor = pieces.whole(full_name) if counts else own_part(pieces, full_name, name)
-                    self.optimizer.state[self._masters[name]][key] = tensor.to(self.device)
+                master = self._masters[name]
+                if not master.numel():
+                    continue
+                if pieces.shapes[full_name]:
+                    tensor = own_part(pieces, full_name, name).to(master)
+                else:  # steps of the parameter, the same for all parts
+                    tensor = pieces.whole(full_name).to(self.device)
+                self.optimizer.state[master][key] = tensor
         self._publish()
 
     def state_dict(self) -> dict[str, Any]:
