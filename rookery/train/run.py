@@ -369,7 +369,8 @@ def _train(
 
 def _stopped_early(progress: Progress, weights: WeightFiles) -> str:
     return _(
-        "the validation loss has not become better for {count} validations: stopped at step {steps}; the best is {file}",
+        "the validation loss has not become better for {count} validations: stopped at step {steps}; the best is "
+        "{file}",
         count=progress.worse_validations,
         steps=progress.step,
         file=weights.file("best"),
