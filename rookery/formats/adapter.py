@@ -25,7 +25,7 @@ from rookery import __version__
 from rookery.adapters import AdapterConfig
 from rookery.errors import UserError
 from rookery.formats.stream import Pending, write_weights
-from rookery.formats.weights import read_weights
+from rookery.formats.weights import checkpoint_weights, read_weights, whole
 from rookery.i18n import _
 from rookery.models import ModelShape
 
@@ -217,12 +217,12 @@ def _of_run(folder: Path) -> AdapterFile:
     found = read_own(files[0])
     if found is None:
         raise UserError(_("{path} does not say what adapter it is", path=files[0]))
-    checkpoints = list(folder.glob("checkpoints/step-*/weights.safetensors"))
-    newest = max(checkpoints, key=lambda file: file.stat().st_mtime_ns, default=None)
+    newest = max(checkpoint_weights(folder), key=lambda file: file.stat().st_mtime_ns, default=None)
     if files[0].stem == "adapter-final" or newest is None or newest.stat().st_mtime_ns < files[0].stat().st_mtime_ns:
         return found
     # An unfinished run: what its checkpoint trained, over what does not train (the factors that a PiSSA began with).
-    trained = {re.sub(r"\.adapters\.\w+\.", ".", name): tensor for name, tensor in _content(newest)[0].items()}
+    content, _metadata = _content(whole(newest))
+    trained = {re.sub(r"\.adapters\.\w+\.", ".", name): tensor for name, tensor in content.items()}
     return replace(found, path=newest, tensors=found.tensors | trained)
 
 

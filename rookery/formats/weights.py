@@ -65,9 +65,9 @@ def weight_file(path: str | Path) -> Path:
         if (path / name).exists():
             return path / name
     numbered = [file for file in path.iterdir() if re.fullmatch(r"rwkv-\d+\.pth", file.name)]
-    candidates = [*numbered, *path.glob("checkpoints/step-*/weights.safetensors")]
+    candidates = [*numbered, *checkpoint_weights(path)]
     if candidates:
-        return max(candidates, key=lambda file: file.stat().st_mtime_ns)
+        return whole(max(candidates, key=lambda file: file.stat().st_mtime_ns))
     adapters = list(path.glob("adapter-*.safetensors"))
     if adapters:
         return max(adapters, key=lambda file: file.stat().st_mtime_ns)
@@ -75,6 +75,32 @@ def weight_file(path: str | Path) -> Path:
     if initial.exists():
         return initial
     raise UserError(_("{path} is a directory without rwkv-final.pth, rwkv-N.pth or rwkv-init.pth", path=path))
+
+
+def checkpoint_weights(run: Path) -> list[Path]:
+    """The weights of the checkpoints in a run directory; of one that several devices saved, the first of its pieces."""
+    return [
+        file
+        for name in ("weights.safetensors", "weights-00000-of-*.safetensors")
+        for file in run.glob(f"checkpoints/step-*/{name}")
+    ]
+
+
+def whole(file: Path) -> Path:
+    """`file`, which `checkpoint_weights` gave.
+
+    Raises:
+        UserError: it is only a piece.
+    """
+    if file.name == "weights.safetensors":
+        return file
+    raise UserError(
+        _(
+            "the newest weights of {folder} lie in pieces, as several devices saved them: go on with the training, also "
+            "on one device, to its end or to the next rwkv-N.pth, or name an older file of the folder",
+            folder=file.parent.parent.parent,
+        )
+    )
 
 
 def normalise(tensors: Mapping[str, Tensor], *, in_ai00: bool = False) -> dict[str, Tensor]:
