@@ -87,12 +87,12 @@ def checkpoint_weights(run: Path) -> list[Path]:
 
 
 def whole(file: Path) -> Path:
-    """`file`, which `checkpoint_weights` gave.
+    """`file` itself.
 
     Raises:
-        UserError: it is only a piece.
+        UserError: it is only a piece of what several devices saved.
     """
-    if file.name == "weights.safetensors":
+    if not file.name.startswith("weights-"):
         return file
     raise UserError(
         _(
