@@ -96,8 +96,8 @@ def whole(file: Path) -> Path:
         return file
     raise UserError(
         _(
-            "the newest weights of {folder} lie in pieces, as several devices saved them: go on with the training, also "
-            "on one device, to its end or to the next rwkv-N.pth, or name an older file of the folder",
+            "the newest weights of {folder} lie in pieces, as several devices saved them: go on with the training, "
+            "also on one device, to its end or to the next rwkv-N.pth, or name an older file of the folder",
             folder=file.parent.parent.parent,
         )
     )
