@@ -29,11 +29,11 @@ def hidden(model: RWKV7, tokens: Tensor, state: State) -> tuple[Tensor, State]:
 
 
 def loss(model: RWKV7, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of whole logits, with RWKV's L2Wrap in the gradient."""
+    """Cross-entropy of whole logits where a target is not -100, with RWKV's L2Wrap in the gradient."""
     state = State.zeros(model.shape, len(tokens), tokens.device, model.emb.weight.dtype)
     x, _state = hidden(model, tokens, state)
     logits = F.linear(x, model.head.weight).float().flatten(0, 1)
-    penalty = logits.amax(dim=-1).square().mean() * 0.5e-4
+    penalty = logits[targets.flatten() != -100].amax(dim=-1).square().mean() * 0.5e-4
     return F.cross_entropy(logits, targets.flatten()) + (penalty - penalty.detach())
 
 

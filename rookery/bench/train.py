@@ -43,20 +43,25 @@ Step = Callable[[], Tensor]
 """Makes one optimiser step, and gives its loss, 0-dim."""
 
 
-def measure(setting: Setting, against: Sequence[str] = (), given_peak: float = 0.0) -> dict[str, Any]:
+def measure(
+    setting: Setting, against: Sequence[str] = (), given_peak: float = 0.0, trained: float = 1.0
+) -> dict[str, Any]:
     """Steps of the engine that trains, on random tokens, and those of peers from the same weights.
 
     Args:
         setting: sizes; `precision` of the peers too, which compute in bf16 by autocast.
         against: peers that can run here.
         given_peak: FLOP a second of the device; 0 measures it.
+        trained: share of the targets that are; the others are masked, as the questions of conversations are.
     """
     keep_freed_memory()
     set_matmul_precision(setting.precision)
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(setting.vocab_size, (setting.micro_bsz, setting.ctx_len + 1), generator=generator)
-    tokens, targets = (part.contiguous().to(setting.device) for part in (text[:, :-1], text[:, 1:]))
-    batch = Batch(tokens, targets, trained=targets.numel(), first_sample=0)
+    masked = torch.rand(setting.micro_bsz, setting.ctx_len, generator=generator) >= trained
+    targets = text[:, 1:].masked_fill(masked, -100)
+    tokens, targets = text[:, :-1].contiguous().to(setting.device), targets.to(setting.device)
+    batch = Batch(tokens, targets, trained=int((targets != -100).sum()), first_sample=0)
 
     steps: dict[str, Step] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -74,7 +79,7 @@ def measure(setting: Setting, against: Sequence[str] = (), given_peak: float = 0
         }
     results["rookery"]["split"] = split(steps["rookery"], setting.device)
     return {
-        "setting": setting.report(),
+        "setting": setting.report() | {"trained": trained},
         "formulas": FORMULAS,
         "training FLOP a token": 6 * matrices,
         "peak FLOP a second": {clock: rounded(value) for clock, value in top.items()},
@@ -141,7 +146,8 @@ def _fla(setting: Setting, batch: Batch) -> Step:
         model.gradient_checkpointing_enable()
     model.train()
     # It shifts the labels itself, so that the last token of a sample has none.
-    return _usual_step(model, setting, lambda: model(input_ids=batch.tokens, labels=batch.tokens, use_cache=False).loss)
+    labels = torch.cat([batch.tokens[:, :1], batch.targets[:, :-1]], dim=1)
+    return _usual_step(model, setting, lambda: model(input_ids=batch.tokens, labels=labels, use_cache=False).loss)
 
 
 def _usual_step(model: nn.Module, setting: Setting, loss_of: Callable[[], Tensor]) -> Step:

@@ -53,6 +53,7 @@ def train(
     precision: str = PRECISION,
     kernel: str = KERNEL,
     grad_cp: bool = typer.Option(False, "--grad-cp", help="Recompute blocks in the backward pass"),
+    trained: float = typer.Option(1.0, min=0.01, max=1.0, help="Share of the targets that are not masked"),
     device: str = DEVICE,
     threads: int = THREADS,
     rounds: int = ROUNDS,
@@ -70,7 +71,7 @@ def train(
         ctx_len=ctx_len, micro_bsz=micro_bsz, precision=precision, kernel=kernel, grad_cp=grad_cp, rounds=rounds,
     )  # fmt: skip
     peers, refused = _peers(against, "train", setting.device, version)
-    found = bench.measure(setting, peers, peak * 1e12)
+    found = bench.measure(setting, peers, peak * 1e12, trained)
     _finish("train", found | {"left out": refused}, out, _train_rows(found))
     split = found["results"]["rookery"]["split"]
     typer.echo(_("Time of a step: {parts}", parts=", ".join(f"{part} {share:.0%}" for part, share in split.items())))

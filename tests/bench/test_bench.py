@@ -61,15 +61,16 @@ def test_the_plain_model_is_the_same_model() -> None:
         found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         return [torch.zeros((), dtype=torch.float64) if gradient is None else gradient for gradient in found]
 
-    ours, _state = model.loss(tokens[:, :-1], tokens[:, 1:])
-    plain = plain7.loss(model, tokens[:, :-1], tokens[:, 1:])
+    targets = tokens[:, 1:].masked_fill(tokens[:, 1:] % 3 == 0, -100)
+    ours, _state = model.loss(tokens[:, :-1], targets)
+    plain = plain7.loss(model, tokens[:, :-1], targets)
     for got, want in zip([plain, *gradients(plain)], [ours, *gradients(ours)], strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_beside_plain_pytorch(precision: str) -> None:
-    found = train.measure(small(precision=precision), ["torch"], given_peak=1e9)
+    found = train.measure(small(precision=precision), ["torch"], given_peak=1e9, trained=0.5)
     ours, theirs = found["results"]["rookery"], found["results"]["torch"]
     assert ours["first loss"] == pytest.approx(theirs["first loss"], rel=1e-4 if precision == "fp32" else 1e-2)
     for row in (ours, theirs):
