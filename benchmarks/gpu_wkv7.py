@@ -1,4 +1,4 @@
-"""wkv7 on a GPU: Rookery's Triton back-end beside its chunked PyTorch form and, where installed, fla's chunk_rwkv7.
+"""wkv7 on a GPU in all its schedules: the Triton back-end, the chunked PyTorch form and, where installed, fla's.
 
 bf16, head size 64, forward and forward + backward, each from the raw decay pre-activation. Shapes: many heads (8
 sequences, 64 heads, 4096 tokens), and few heads, where a kernel that walks the sequence is slow. Every schedule of the
@@ -12,25 +12,23 @@ its outputs and gradients for the first sequence are compared with the chunked f
 from __future__ import annotations
 
 import argparse
-import inspect
+import importlib.util
 import json
-import math
-import platform
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rookery.bench.machine import record
+from rookery.bench.op import FLA
 from rookery.ops.wkv7 import wkv7_chunked
 from rookery.ops.wkv7_triton import Schedule, wkv7_triton
 
-Contestant = Callable[..., tuple[Tensor, Tensor]]
+Contestant = Callable[..., Any]
 
 HEAD_SIZE = 64
 SHAPES = {
@@ -50,22 +48,7 @@ def contestants() -> dict[str, Contestant]:
     for schedule in SCHEDULES:
         name = f"triton, chunk {schedule.chunk}, {'sequential' if schedule.sequential else 'parallel'}"
         found[name] = partial(wkv7_triton, schedule=schedule)
-    try:
-        from fla.ops.rwkv7 import chunk_rwkv7
-    except ImportError:
-        return found
-    # As fla's own RWKV-7 layer calls it.
-    wanted = {"chunk_size": 64, "safe_gate": True, "lower_bound": -math.exp(-0.5)}
-    options = {name: value for name, value in wanted.items() if name in inspect.signature(chunk_rwkv7).parameters}
-
-    def fla(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        log_decay = -math.exp(-0.5) * torch.sigmoid(w.float())
-        y, final = chunk_rwkv7(
-            r=r, w=log_decay, k=k, v=v, a=a, b=b, initial_state=state.mT, output_final_state=True, **options
-        )
-        return y, final.mT
-
-    return found | {"fla chunk_rwkv7": fla}
+    return found | ({"fla chunk_rwkv7": FLA["wkv7"]} if importlib.util.find_spec("fla") else {})
 
 
 def inputs(B: int, T: int, H: int, device: str) -> tuple[list[Tensor], Tensor]:
@@ -129,25 +112,6 @@ def report() -> dict[str, Any]:
     return results
 
 
-def machine() -> dict[str, Any]:
-    packages = {}
-    for name in ("torch", "triton", "flash-linear-attention", "fla-core"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    facts = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": facts.name,
-        "multiprocessors": facts.multi_processor_count,
-        "memory_gib": round(facts.total_memory / 2**30, 1),
-        "cuda": torch.version.cuda,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": packages,
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, help="write the JSON here")
@@ -155,14 +119,14 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("This benchmark times GPU kernels, and PyTorch sees no GPU here.", file=sys.stderr)
         return 2
-    record = {
-        "benchmark": "wkv7 on a GPU",
-        "date": time.strftime("%Y-%m-%d"),
-        "clock": "triton.testing.do_bench, cold L2; median, 20 % and 80 % quantile in milliseconds",
-        "machine": machine(),
-        "results": report(),
-    }
-    text = json.dumps(record, indent=2) + "\n"
+    content = record(
+        "wkv7 on a GPU",
+        {
+            "clock": "triton.testing.do_bench, cold L2; median, 20 % and 80 % quantile in milliseconds",
+            "results": report(),
+        },
+    )
+    text = json.dumps(content, indent=2) + "\n"
     if options.output:
         options.output.write_text(text, encoding="utf-8")
     sys.stdout.write(text)

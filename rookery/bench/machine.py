@@ -106,11 +106,13 @@ def record(benchmark: str, content: dict[str, Any]) -> dict[str, Any]:
     Its load is the average of the last minute over the cores, where the system tells it. Above 1, wall times say more
     of other programs than of Rookery.
     """
+    program = Path(sys.argv[0]).name
+    program = f"python benchmarks/{program}" if program.endswith(".py") and program != "__main__.py" else "rookery"
     load = os.getloadavg()[0] / cores() if hasattr(os, "getloadavg") else None
     return {
         "benchmark": benchmark,
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["rookery", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "rookery": {"version": __version__, "commit": commit()},
         "machine": {
             "system": platform.platform(),
@@ -118,8 +120,23 @@ def record(benchmark: str, content: dict[str, Any]) -> dict[str, Any]:
             "cores": cores(),
             "memory": memory(),
             "load per core": None if load is None else round(load, 2),
+            **_gpu(),
         },
         "versions": {"python": platform.python_version()}
         | {name: number for name in PACKAGES if (number := version(name))},
         **content,
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU, if PyTorch is in use and has one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    facts = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": facts.name,
+        "gpu multiprocessors": facts.multi_processor_count,
+        "gpu memory": facts.total_memory,
+        "cuda": torch.version.cuda,
     }
