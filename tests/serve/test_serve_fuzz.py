@@ -36,7 +36,7 @@ def test_requests_by_the_document(document, mode) -> None:
     for operation in operations:
 
         @settings(
-            max_examples=15, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+            max_examples=10, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(operation.as_strategy(generation_mode=mode))
