@@ -325,8 +325,8 @@ def _train(
         total_steps=schedule.total_steps,
         tokens_per_step=tokens_per_step,
         epoch_steps=epoch_steps,
-        parameters=sum(p.numel() for p in engine.model.parameters()),
-        trained_parameters=sum(p.numel() for p in engine.model.parameters() if p.requires_grad),
+        parameters=sum(map(_elements, engine.model.parameters())),
+        trained_parameters=sum(_elements(p) for p in engine.model.parameters() if p.requires_grad),
         device=str(engine.device),
     )
     if ranks.main:
@@ -375,6 +375,11 @@ def _stopped_early(progress: Progress, weights: WeightFiles) -> str:
         steps=progress.step,
         file=weights.file("best"),
     )
+
+
+def _elements(parameter: torch.Tensor) -> int:
+    """Of the whole parameter, whatever part of it this rank has: DeepSpeed's stage 3 leaves an empty tensor."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _open_training_data(config: TrainConfig) -> Dataset:

@@ -7,6 +7,8 @@ own, which only the same number of ranks could read, but pieces like those of ev
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -61,8 +63,9 @@ class Zero:
             strategy: "deepspeed_stage_1" to "_3", or "deepspeed_stage_2_offload" or "_3_offload".
             bucket_mb: millions of elements that are exchanged at a time.
         """
-        deepspeed = _import()
-        if dtype == torch.float16 and next(model.parameters()).device.type == "cpu":
+        self.device = next(model.parameters()).device
+        deepspeed = _import(self.device)
+        if dtype == torch.float16 and self.device.type == "cpu":
             raise UserError(
                 _("DeepSpeed has no fp16 on a CPU: take --precision bf16 or fp32, or --strategy ddp or fsdp")
             )
@@ -75,7 +78,6 @@ class Zero:
                 )
             )
         self.rank, self.world_size = ranks.rank, ranks.world_size
-        self.device = next(model.parameters()).device
         self._deepspeed = deepspeed
         self._ranks = ranks
         self._dtype = dtype
@@ -278,11 +280,16 @@ class _Loss(nn.Module):
         return self._loss(*args, **options)  # type: ignore[operator]
 
 
-def _import() -> Any:
-    """
+def _import(device: torch.device) -> Any:
+    """The package, set up for `device`.
+
     Raises:
         UserError: DeepSpeed is not installed.
     """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # What DeepSpeed calls in PyTorch is DeepSpeed's concern.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         import deepspeed
