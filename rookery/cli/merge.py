@@ -35,6 +35,8 @@ def merge(
 ) -> None:
     """Write a model with an adapter or a tuned state merged in, one tensor at a time. Before the file appears, logits
     are compared with those of the model with the adapter beside it."""
+    if pissa_init is not None and not pissa_init.exists():
+        raise UserError(_("{path} does not exist", path=pissa_init))
     if out.exists() and not force:
         raise UserError(_("{path} exists; --force replaces it", path=out))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving import Server
+from serving import TOOLS, Server
 
 from rookery.adapters import AdapterConfig, adapter_tensors, attach, detach
 from rookery.formats import Base, write_adapter, write_pth
@@ -16,22 +16,6 @@ from rookery.models import Model, ModelShape, create, initialise
 from rookery.tokenizer import Character, chat
 
 CHARACTERS = string.printable[:95] + "\n"
-
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "add",
-            "description": "Adds",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
-                "required": ["a", "b"],
-                "additionalProperties": False,
-            },
-        },
-    }
-]
 
 DIALOGUES = [
     chat.document([chat.Message("user", "Hi"), chat.Message("assistant", "Hello, 世界! 🐦")]),

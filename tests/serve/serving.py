@@ -23,6 +23,23 @@ ENVIRONMENT = os.environ | {
     "LC_ALL": "C.UTF-8",
 }
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+                "required": ["a", "b"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+"""What a client offers."""
+
 
 class Server:
     """`rookery serve ARGS` on a free port, ready when this returns.

@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 import torch
-from conftest import TOOLS
+from serving import TOOLS
 
 import rookery
 from rookery.infer import Sampling, generate, open_model
