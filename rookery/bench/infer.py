@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,9 +21,11 @@ from rookery.bench.setting import Setting, random_model
 from rookery.bench.timing import CLOCKS, Times, alternate, faster, rounded
 from rookery.bench.work import FORMULAS, LOW_RANK, multiplications, peak
 from rookery.formats import write_pth
+from rookery.formats.convert import convert
 from rookery.infer import DTYPES, form_of
 from rookery.infer.forms import PREFILL, bytes_of
 from rookery.models import RWKV7, Model, State
+from rookery.tokenizer import World
 
 BATCHES = (1, 4, 16)
 """Sequences that are decoded together."""
@@ -211,6 +214,38 @@ class Package:
         return logits
 
 
+class Llama:
+    """llama.cpp, through its Python package."""
+
+    def __init__(self, setting: Setting, precision: str) -> None:
+        from llama_cpp import Llama as Model
+
+        vocabulary = World.compact(set()) if setting.vocab_size < World().vocab_size else World()
+        with tempfile.TemporaryDirectory() as folder:
+            source, target = Path(folder) / "model.pth", Path(folder) / "model.gguf"
+            write_pth(source, random_model(setting.shape).state_dict())
+            convert(source, target, precision=precision, tokenizer=lambda size: vocabulary)
+            self.model = Model(
+                str(target), n_ctx=max(4096, 2 * setting.ctx_len), n_batch=PREFILL, n_ubatch=PREFILL, verbose=False,
+                n_threads=setting.threads, n_threads_batch=setting.threads, use_mmap=False,
+            )  # fmt: skip
+        self.vocab_size = setting.vocab_size
+
+    def read(self, tokens: list[int]) -> Tensor:
+        self.model.reset()
+        return self._advance(tokens)
+
+    def step(self, token: int) -> Tensor:
+        return self._advance([token])
+
+    def _advance(self, tokens: list[int]) -> Tensor:
+        if self.model.n_tokens + len(tokens) > self.model.n_ctx():
+            self.model.reset()  # its count of tokens has an end, though the state has none
+        self.model.eval(tokens)
+        logits = np.ctypeslib.as_array(self.model._ctx.get_logits(), shape=(self.vocab_size,))
+        return torch.from_numpy(logits.copy())
+
+
 def _packages(setting: Setting) -> dict[str, Runner]:
     names = ("fp32", "bf16") if setting.device == "cpu" else ("fp16",)
     return {f"rwkv {name}": Package(setting, name) for name in names}
@@ -221,4 +256,8 @@ def _plain(setting: Setting) -> dict[str, Runner]:
     return {f"torch {name}": Plain(setting, DTYPES[name]) for name in names}
 
 
-PEERS: dict[str, Callable[[Setting], dict[str, Runner]]] = {"rwkv": _packages, "torch": _plain}
+def _llamas(setting: Setting) -> dict[str, Runner]:
+    return {f"llama {name}": Llama(setting, name) for name in ("fp32", "bf16", "q8_0")}
+
+
+PEERS: dict[str, Callable[[Setting], dict[str, Runner]]] = {"rwkv": _packages, "torch": _plain, "llama": _llamas}

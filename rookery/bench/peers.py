@@ -12,6 +12,7 @@ PACKAGES = {
     "torch": ("torch", "torch"),
     "fla": ("fla", "flash-linear-attention"),
     "rwkv": ("rwkv", "rwkv"),
+    "llama": ("llama_cpp", "llama-cpp-python"),
     "pyrwkv": ("pyrwkv_tokenizer", "pyrwkv-tokenizer"),
 }
 """Name -> module, and what pip calls it. "torch" is the same computation in plain PyTorch operations."""
@@ -19,7 +20,7 @@ PACKAGES = {
 DOES = {
     "train": ("torch", "fla"),
     "op": ("torch", "fla"),
-    "infer": ("torch", "rwkv"),
+    "infer": ("torch", "rwkv", "llama"),
     "data": ("rwkv", "pyrwkv"),
 }
 """What is measured -> peers that do it too."""
@@ -51,6 +52,10 @@ def _refusal(name: str, benchmark: str, device: str, version: str) -> str | None
         return _("it is not installed (pip install {package})", package=package)
     if name == "fla" and device != "cuda":
         return _("its kernels need a GPU")
+    if name == "llama" and device != "cpu":
+        return _("it is compared on a CPU only")
+    if name == "llama" and importlib.util.find_spec("gguf") is None:
+        return _("its files need the package gguf: python -m pip install 'rookery[gguf]'")
     if version != "x070" and benchmark != "op":
         return _("it is compared with x070 only, not with {version}", version=version)
     return None

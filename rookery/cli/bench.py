@@ -36,7 +36,7 @@ KERNEL = typer.Option(None, help="Back-end of the recurrence")
 DEVICE = typer.Option("auto", help="cpu, cuda or auto")
 THREADS = typer.Option(0, min=0, help="Threads on a CPU; 0 = as many as PyTorch takes")
 ROUNDS = typer.Option(5, min=1, help="How often each thing is measured, in turns")
-AGAINST = typer.Option([], metavar="NAME", help="Compare with torch, fla, rwkv or pyrwkv; can be repeated")
+AGAINST = typer.Option([], metavar="NAME", help="Compare with torch, fla, rwkv, llama or pyrwkv; can be repeated")
 PEAK = typer.Option(0.0, min=0, metavar="TFLOPS", help="What the device can do at most; 0 measures a product")
 OUT = typer.Option(None, "--out", "-o", metavar="FILE", help="Write the record as JSON")
 

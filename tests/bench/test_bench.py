@@ -129,6 +129,15 @@ def test_inference_beside_the_rwkv_package_and_plain_pytorch() -> None:
     assert multiplications(model) < infer.weight_bytes(model, "int8") < 1.5 * multiplications(model)
 
 
+def test_inference_beside_llama_cpp() -> None:
+    pytest.importorskip("llama_cpp")
+    setting = small(head_size=64, n_embd=64, vocab_size=300)
+    results = infer.measure(setting, ["fp32"], ["llama"], given_peak=1e9)["results"]
+    assert list(results) == ["fp32", "llama fp32", "llama bf16", "llama q8_0"]
+    limits = {"fp32": 1e-5, "llama fp32": 1e-5, "llama bf16": 0.05, "llama q8_0": 0.1}
+    assert all(results[name]["error of the logits"] < limit for name, limit in limits.items())
+
+
 def test_data_beside_other_tokenizers() -> None:
     found = data.measure(1, 64, 1, ["rwkv", "pyrwkv"])
     assert found["corpus"]["megabytes"] == pytest.approx(1, rel=0.05)
@@ -164,7 +173,7 @@ def test_peers_that_cannot_run_here_say_why() -> None:
     assert "rookery bench train" in refused[0]
     assert choose(["torch"], "train", "cpu", "x060")[0] == []
     assert choose(["torch"], "op", "cpu", "x060")[0] == ["torch"]
-    with pytest.raises(UserError, match="nemo is none of torch, fla, rwkv, pyrwkv"):
+    with pytest.raises(UserError, match="nemo is none of torch, fla, rwkv, llama, pyrwkv"):
         choose(["nemo"], "train", "cpu")
 
 
