@@ -222,7 +222,7 @@ def _build_engine(config: TrainConfig, model: Model, ranks: Ranks) -> Engine:
     build = partial(build_optimizer, groups=groups, betas=(optim.beta1, optim.beta2), eps=float(optim.adam_eps or 0))
     dtype = DTYPES[str(config.run.precision)]
     return create_engine(
-        model.to(device), build, dtype=dtype, grad_clip=optim.grad_clip, settings=config.device, ranks=ranks
+        model, build, dtype=dtype, grad_clip=optim.grad_clip, device=device, settings=config.device, ranks=ranks
     )
 
 

@@ -23,10 +23,19 @@ def create_engine(
     *,
     dtype: torch.dtype,
     grad_clip: float,
+    device: torch.device | None = None,
     settings: DeviceSection | None = None,
     ranks: Ranks = ALONE,
 ) -> Engine:
-    """The engine of the run's strategy around `model`, which is on its device with unrounded weights."""
+    """The engine of the run's strategy.
+
+    Args:
+        model: with unrounded weights; moved to `device`, where it is not None.
+    """
+    device = device or next(model.parameters()).device
+    whole = all(p.requires_grad for p in model.parameters())
+    if settings is None or settings.strategy != "fsdp" or not whole:
+        model = model.to(device)  # FSDP2 moves block after block, so that no device ever holds a whole model
     if ranks.world_size == 1:
         return SingleDevice(model, build_optimizer, dtype=dtype, grad_clip=grad_clip)
     from rookery.train.strategies.replicated import Replicated
@@ -48,15 +57,14 @@ def create_engine(
             ranks=ranks,
         )
     if strategy == "fsdp":
-        trained = {p for p in model.parameters() if p.requires_grad}
-        if len(trained) == len(list(model.parameters())):
+        if whole:
             if any(name.endswith(".att.time_state") for name, _p in model.named_parameters()):
                 raise UserError(
                     _("strategy fsdp cannot train tuned initial states together with the whole model: take ddp")
                 )
-            return Sharded(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, ranks=ranks)
+            return Sharded(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, device=device, ranks=ranks)
         # In fine-tuning little trains: that is copied to every rank, and only the frozen model is cut up.
         for p in model.parameters():
             p.data = p.data if p.requires_grad else p.data.to(dtype)
-        shard(model, dtype, replicated=trained)
+        shard(model, dtype, device, replicated={p for p in model.parameters() if p.requires_grad})
     return Replicated(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, ranks=ranks)

@@ -21,14 +21,14 @@ from rookery.train.strategies.pieces import OPTIMIZER, WEIGHTS, Piece, write_pie
 from rookery.train.strategies.single import SingleDevice
 
 
-def shard(model: Any, dtype: torch.dtype, replicated: set[nn.Parameter] | None = None) -> None:
-    """Keep of each parameter only this rank's rows, in the dtype it has; it is used in `dtype`, block by block.
+def shard(model: Any, dtype: torch.dtype, device: torch.device, replicated: set[nn.Parameter] | None = None) -> None:
+    """Keep of each parameter only this rank's rows, on `device` and in the dtype it has; it is used in `dtype`, block
+    by block.
 
     Args:
         replicated: parameters that every rank keeps whole; FSDP2 leaves them alone.
     """
-    device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     # Inputs are not cast: the state of the recurrence stays in fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
@@ -54,16 +54,18 @@ class Sharded(SingleDevice):
         *,
         dtype: torch.dtype,
         grad_clip: float = 0.0,
+        device: torch.device,
         ranks: Ranks,
     ) -> None:
         self._ranks = ranks
+        self.device = device
         super().__init__(model, build_optimizer, dtype=dtype, grad_clip=grad_clip)
         self.rank, self.world_size = ranks.rank, ranks.world_size
 
     def _prepare(self, model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], nn.Module]:
         self._rounded = False  # FSDP2 rounds what it gathers
         self._dtype = dtype
-        shard(model, dtype)
+        shard(model, dtype, self.device)
         self._shards: dict[str, Any] = dict(model.named_parameters())  # DTensors
         # The optimiser sees plain tensors: it works on each element alone.
         return {name: p.detach().to_local() for name, p in self._shards.items()}, model
