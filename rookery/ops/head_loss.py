@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rookery.ops.backend import exact_dtype, tracked
+from rookery.ops.linear import linear
 
 L2WRAP = 1e-4
 CHUNK_BYTES = 64 << 20
@@ -84,7 +85,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk) if chosen is None else chosen[start : start + chunk]
             x_rows, target_rows = flat_x[rows], flat_targets[rows, None]
-            logits = F.linear(x_rows, weight).to(exact)
+            logits = linear(x_rows, weight).to(exact)
             lse = logits.logsumexp(dim=-1, keepdim=True)
             loss += (lse - logits.gather(1, target_rows)).sum()
             if not (need_x or need_weight):
@@ -96,9 +97,9 @@ class _HeadLoss(torch.autograd.Function):
             # Not yet divided by n: in fp16, gradients that small would vanish before loss scaling reaches them.
             dlogits = dlogits.to(x.dtype)
             if dx is not None:
-                dx[rows] = dlogits @ weight
+                dx[rows] = linear(dlogits, weight.T)
             if dweight is not None:
-                dweight += dlogits.T @ x_rows
+                dweight += linear(dlogits.T, x_rows.T)
         if dx is not None:
             dx = dx.reshape(x.shape)
         ctx.save_for_backward(dx, dweight)
