@@ -280,6 +280,7 @@ def test_an_interrupted_writer_leaves_nothing_and_no_worker(tmp_path) -> None:
     )
     assert process.stdout
     process.stdout.readline()
+    time.sleep(3)  # A worker that is still starting would be interrupted within Python's own imports.
     os.killpg(process.pid, signal.SIGINT)
     started = time.monotonic()
     _out, errors = process.communicate(timeout=30)
