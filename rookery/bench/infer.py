@@ -92,6 +92,7 @@ def measure(
         "setting": setting.report(),
         "clocks": CLOCKS,
         "formulas": FORMULAS | {"prompt": "the head meets the last token only, and is not counted"},
+        "llama.cpp": _llama_build() if "llama" in against else None,
         "bytes of a sequence's state": bytes_of(State.zeros(setting.shape, 1, "cpu", torch.float32)),
         "results": results,
         "rookery is faster by": {
@@ -254,6 +255,13 @@ def _packages(setting: Setting) -> dict[str, Runner]:
 def _plain(setting: Setting) -> dict[str, Runner]:
     names = ("fp32", "bf16") if setting.device == "cpu" else ("bf16",)
     return {f"torch {name}": Plain(setting, DTYPES[name]) for name in names}
+
+
+def _llama_build() -> str:
+    """What its library was compiled for: wheels leave out most of what a processor has."""
+    import llama_cpp
+
+    return str(llama_cpp.llama_print_system_info().decode())
 
 
 def _llamas(setting: Setting) -> dict[str, Runner]:

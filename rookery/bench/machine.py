@@ -15,7 +15,16 @@ from typing import Any
 
 from rookery import __version__
 
-PACKAGES = ("torch", "numpy", "numba", "triton", "flash-linear-attention", "rwkv", "pyrwkv-tokenizer")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "triton",
+    "flash-linear-attention",
+    "rwkv",
+    "llama-cpp-python",
+    "pyrwkv-tokenizer",
+)
 """Whose versions decide speed, or which Rookery is compared with."""
 
 
