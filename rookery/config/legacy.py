@@ -32,6 +32,8 @@ class LegacyFlag:
         elsewhere: reference spelling -> (leaf, value), where it says something about another leaf.
         keys: of a flag whose value is a JSON object: its keys -> our leaves.
         methods: values of `peft` with which the object of such a flag counts.
+        words: word of its comma-separated value -> (leaf, the word for it in the list there).
+        adds: leaf -> words that are added to its list.
         silent: values, in lower case, that ask for what Rookery does anyway, so nothing needs saying.
         answer: what happens instead (one sentence), for every other value; with a `leaf`, for the values it respells.
         refused: whether `answer` is an error.
@@ -45,6 +47,8 @@ class LegacyFlag:
     elsewhere: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     methods: tuple[str, ...] = ()
+    words: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    adds: Mapping[str, str] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     answer: str = ""
     refused: bool = False
@@ -186,6 +190,30 @@ LEGACY: dict[str, LegacyFlag] = {
         },
         methods=("lora", "dora", "pissa", "miss"),
     ),
+    # RWKV Runner.
+    "lora": LegacyFlag(
+        leaf="peft",
+        values={"": "lora"},
+        silent=("",),
+        defaults={
+            "lora_r": "8",
+            "lora_alpha": "32",
+            "lora_dropout": "0.01",
+            "target_modules": "att",
+            "train_parts": "ln time",
+        },
+        arity="none",
+    ),
+    "lora_load": LegacyFlag(leaf="adapter_load"),
+    "lora_parts": LegacyFlag(
+        words={
+            "att": ("target_modules", "att"),
+            "ffn": ("target_modules", "ffn"),
+            "time": ("train_parts", "time"),
+            "ln": ("train_parts", "ln"),
+        }
+    ),
+    "emb": LegacyFlag(adds={"train_parts": "emb head"}, arity="none"),
     "state_tune": LegacyFlag(leaf="peft", values={"": "state"}, silent=("",), arity="none"),
     "lr_schedule": LegacyFlag(
         silent=("cos",),
@@ -281,6 +309,11 @@ TRAINERS: dict[str, tuple[str, ...]] = {
         optim optimizer avg_loss compile sft_field sft_split op fused_kernel lr_schedule num_workers
         """.split(),
     ),
+    "RWKV Runner": (
+        *_COMMON.split(),
+        *_V5.split(),
+        *"emb lora lora_load lora_r lora_alpha lora_dropout lora_parts".split(),
+    ),
     "PyTorch Lightning 1.9": tuple(
         """
         logger enable_checkpointing callbacks default_root_dir gradient_clip_val gradient_clip_algorithm num_nodes
@@ -294,4 +327,5 @@ TRAINERS: dict[str, tuple[str, ...]] = {
         """.split()
     ),
 }
-"""Trainer -> its flags. RWKV-LM v5 and v7 also take those of Lightning; the two trees of RWKV-PEFT are one here."""
+"""Trainer -> its flags. RWKV-LM v5 and v7 and RWKV Runner also take those of Lightning; the two trees of RWKV-PEFT are
+one here."""

@@ -49,7 +49,7 @@ def parse(words: Sequence[str], toml_path: str | Path | None = None) -> Parsed:
     origins |= flags.origins
     for leaf, (value, flag) in flags.implied.items():
         if leaf not in values and leaf not in flags.withdrawn:
-            values[leaf] = value
+            values[leaf] = _read_value(leaf, value)
             origins[leaf] = Origin("rule", _("as the trainer that has {flag}", flag=flag))
     for leaf in SECTION_OF:
         origins.setdefault(leaf, Origin("default"))
@@ -70,8 +70,12 @@ class _Flags:
         self.toml_path: str | None = None
         self._objects: list[tuple[str, LegacyFlag, dict[str, Any]]] = []
         """Flags whose value is a JSON object; which of them count is known only when all words are read."""
+        self._additions: list[tuple[str, LegacyFlag]] = []
+        """Flags that add to a list, which is known only then too."""
         for word, values in _split(words):
             self._take(word, values)
+        for word, flag in self._additions:
+            self._add_words(word, flag)
         for word, flag, content in self._objects:
             self._take_object(word, flag, content)
 
@@ -83,6 +87,10 @@ class _Flags:
             self._take_file(values[0])
         elif name in LEGACY and LEGACY[name].keys:
             self._objects.append((word, LEGACY[name], _read_object(word, values[0])))
+        elif name in LEGACY and LEGACY[name].words:
+            self._take_words(word, LEGACY[name], " ".join(values))
+        elif name in LEGACY and LEGACY[name].adds:
+            self._additions.append((word, LEGACY[name]))
         elif name in LEGACY:
             self._take_legacy(word, LEGACY[name], values)
         else:
@@ -115,6 +123,26 @@ class _Flags:
         if flag.leaf and respelt is not None:
             self._set(flag.leaf, word, respelt, written=text)
         self.implied |= {leaf: (value, word) for leaf, value in flag.defaults.items()}
+
+    def _take_words(self, word: str, flag: LegacyFlag, text: str) -> None:
+        """A list that is divided among several leaves."""
+        lists: dict[str, list[str]] = {leaf: [] for leaf, _name in flag.words.values()}
+        for choice in text.split(","):
+            if choice.strip() not in flag.words:
+                raise UserError(
+                    _("{flag} takes {known}, and no {value}", flag=word, known=", ".join(flag.words), value=choice)
+                )
+            leaf, name = flag.words[choice.strip()]
+            lists[leaf].append(name)
+        for leaf, names in lists.items():
+            self._set(leaf, word, " ".join(names), written=text)
+
+    def _add_words(self, word: str, flag: LegacyFlag) -> None:
+        for leaf, names in flag.adds.items():
+            given = self.values.get(leaf)
+            if given is None and leaf in self.implied:
+                given = _read_value(leaf, self.implied[leaf][0])
+            self._set(leaf, word, " ".join([*(given or []), names]), written="")
 
     def _take_object(self, word: str, flag: LegacyFlag, content: dict[str, Any]) -> None:
         """The settings of a JSON object, if they belong to the method that `peft` asks for."""

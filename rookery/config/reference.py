@@ -65,6 +65,10 @@ def fate(name: str) -> str:
         said.append(f"{_code(old)} → {_code(new) if new else _('not given')}")
     for old, (leaf, new) in flag.elsewhere.items():
         said.append(f"{_code(old)} → {_code(f'--{leaf} {new}')}")
+    for word, (leaf, name_there) in flag.words.items():
+        said.append(f"{_code(word)} → {_code(f'--{leaf} {name_there}')}")
+    for leaf, names in flag.adds.items():
+        said.append(_("adds {names} to --{leaf}", names=_code(names), leaf=leaf))
     if flag.keys:
         said.append(
             _("its keys with --peft {methods}: ", methods="|".join(flag.methods))

@@ -28,7 +28,8 @@ def test_every_flag_of_the_reference_trainers_has_its_answer(name: str) -> None:
 def test_an_entry_makes_sense(name: str) -> None:
     flag = LEGACY[name]
     assert name in ALL_FLAGS, "an entry belongs to a trainer"
-    leaves = {flag.leaf, *flag.keys.values(), *(leaf for leaf, _value in flag.elsewhere.values())} - {""}
+    divided = [*flag.elsewhere.values(), *flag.words.values(), *flag.adds.items()]
+    leaves = {flag.leaf, *flag.keys.values(), *(leaf for leaf, _value in divided)} - {""}
     assert leaves <= SECTION_OF.keys()
     assert leaves or flag.answer, "a leaf, or an answer"
     assert not (flag.refused and flag.leaf)
