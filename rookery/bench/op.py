@@ -150,7 +150,7 @@ def _recurrence(setting: Setting, against: Sequence[str], *, name: str) -> Case:
     tensors["state"] = torch.zeros(B, H, N, N, device=setting.device)
 
     function, op = RECURRENCES[name]
-    call = Call(setting.device, setting.dtype, N, T, needs_grad=True)
+    call = Call(setting.device, setting.dtype, N)
     chosen = op.choose(call, setting.kernel).name
     able = [backend for backend, reason in op.explain(call) if reason is None and backend != chosen]
     fast = [backend for backend in able if backend not in PLAIN and setting.kernel == "auto"]

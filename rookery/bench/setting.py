@@ -74,7 +74,7 @@ class Setting:
                 )
             )
         try:
-            setting.op.choose(Call(device, setting.dtype, setting.head_size, setting.ctx_len, True), setting.kernel)
+            setting.op.choose(Call(device, setting.dtype, setting.head_size), setting.kernel)
         except ValueError as error:
             raise UserError(str(error)) from error
         return setting

@@ -67,13 +67,15 @@ def devices() -> list[dict[str, Any]]:
 
 
 def back_ends() -> list[dict[str, Any]]:
-    """For each recurrence, device and precision of training: the back-end that serves it, and why others cannot.
+    """For each op, device and precision of training: the back-end that serves it, and why others cannot.
 
     wkv6 stands for wkv5 too, which is computed by it.
     """
     import torch
 
     from rookery.ops.backend import Call
+    from rookery.ops.mix7 import OP as MIX7
+    from rookery.ops.pointwise import RELU_SQUARE, TOKEN_SHIFT
     from rookery.ops.wkv6 import OP as WKV6
     from rookery.ops.wkv7 import OP as WKV7
 
@@ -81,9 +83,9 @@ def back_ends() -> list[dict[str, Any]]:
     if torch.cuda.is_available():
         kinds += [("cuda", torch.bfloat16), ("cuda", torch.float32)]
     answers = []
-    for op in (WKV7, WKV6):
+    for op in (WKV7, WKV6, MIX7, TOKEN_SHIFT, RELU_SQUARE):
         for device, dtype in kinds:
-            call = Call(device=device, dtype=dtype, head_size=64, length=512, needs_grad=True)
+            call = Call(device, dtype, head_size=64, dtypes=frozenset({dtype}))
             reasons = op.explain(call)
             chosen = next(name for name, reason in reasons if reason is None)
             refused = {name: reason for name, reason in reasons if reason is not None}

@@ -57,8 +57,8 @@ class TimeMixing(Mixing):
 
 
 class ChannelMixing(Mixing):
-    """Called with the input (B, T, C), its last row before this call (B, C), and where sequences lie that are packed in
-    one row; returns what to add to the residual stream."""
+    """Called with the input (B, T, C), its last row before this call (B, C), the kernel to use, and where sequences lie
+    that are packed in one row; returns what to add to the residual stream."""
 
 
 class LanguageModel(nn.Module):
@@ -202,7 +202,7 @@ class Block(nn.Module):
         y, wkv, *carried_on = self.att(att_in, att_shift, wkv, kernel, *carried, packing=packing)
         x = F.dropout(x + y, self.dropout, self.training)
         ffn_in = self.ln2(x)
-        x = F.dropout(x + self.ffn(ffn_in, ffn_shift, packing=packing), self.dropout, self.training)
+        x = F.dropout(x + self.ffn(ffn_in, ffn_shift, kernel, packing=packing), self.dropout, self.training)
         return x, (last(att_in, packing), wkv, last(ffn_in, packing)), *carried_on
 
     def initialise(self, generator: torch.Generator) -> None:

@@ -51,7 +51,7 @@ class LegacyBlock(Block):
     ) -> tuple[Tensor, LayerState, *tuple[Tensor, ...]]:
         (embedding,) = carried
         if self.pre_ffn:
-            x, after = self._with_two_channel_mixings(x, before, packing)
+            x, after = self._with_two_channel_mixings(x, before, kernel, packing)
         else:
             x, after, *_nothing = super().forward(x, before, kernel, packing=packing)
         if self.tiny_att:
@@ -61,14 +61,14 @@ class LegacyBlock(Block):
         return x, after, embedding
 
     def _with_two_channel_mixings(
-        self, x: Tensor, before: LayerState, packing: Packing | None
+        self, x: Tensor, before: LayerState, kernel: str, packing: Packing | None
     ) -> tuple[Tensor, LayerState]:
         """Like a plain block, `ffnPre` in the place of time mixing."""
         pre_shift, wkv, ffn_shift = before
         pre_in = self.ln1(x)
-        x = F.dropout(x + self.ffnPre(pre_in, pre_shift, packing=packing), self.dropout, self.training)
+        x = F.dropout(x + self.ffnPre(pre_in, pre_shift, kernel, packing=packing), self.dropout, self.training)
         ffn_in = self.ln2(x)
-        x = F.dropout(x + self.ffn(ffn_in, ffn_shift, packing=packing), self.dropout, self.training)
+        x = F.dropout(x + self.ffn(ffn_in, ffn_shift, kernel, packing=packing), self.dropout, self.training)
         return x, (last(pre_in, packing), wkv, last(ffn_in, packing))
 
     def positions(self, T: int) -> Tensor:

@@ -57,7 +57,7 @@ class TimeMix(TimeMixing):
         heads = (B, T, *self.time_faaaa.shape)
         # time_mix is the share of the token itself, not of the one before.
         mixes = (1 - self.time_mix_r, 1 - self.time_mix_k, 1 - self.time_mix_v, 1 - self.time_mix_g)
-        xr, xk, xv, xg = token_shift(x, shift, *mixes, packing=packing)
+        xr, xk, xv, xg = token_shift(x, shift, *mixes, kernel=kernel, packing=packing)
         r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
         g = F.silu(self.gate(xg))
         y, wkv = wkv5(r, self.time_decay, k, v, self.time_faaaa, wkv, backend=kernel, packing=packing)
@@ -94,9 +94,9 @@ class ChannelMix(ChannelMixing):
         self.receptance = Linear(C, C)
         self.value = Linear(F, C)
 
-    def forward(self, x: Tensor, shift: Tensor, *, packing: Packing | None = None) -> Tensor:
-        xk, xr = token_shift(x, shift, 1 - self.time_mix_k, 1 - self.time_mix_r, packing=packing)
-        return torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk)))
+    def forward(self, x: Tensor, shift: Tensor, kernel: str = "auto", *, packing: Packing | None = None) -> Tensor:
+        xk, xr = token_shift(x, shift, 1 - self.time_mix_k, 1 - self.time_mix_r, kernel=kernel, packing=packing)
+        return torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk), kernel=kernel))
 
     def initialise(self, generator: torch.Generator) -> None:
         C = self.time_mix_k.numel()

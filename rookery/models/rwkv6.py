@@ -109,9 +109,9 @@ class ChannelMix(ChannelMixing):
         self.receptance = Linear(C, C)
         self.value = Linear(F, C)
 
-    def forward(self, x: Tensor, shift: Tensor, *, packing: Packing | None = None) -> Tensor:
-        xk, xr = token_shift(x, shift, self.time_maa_k, self.time_maa_r, packing=packing)
-        return torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk)))
+    def forward(self, x: Tensor, shift: Tensor, kernel: str = "auto", *, packing: Packing | None = None) -> Tensor:
+        xk, xr = token_shift(x, shift, self.time_maa_k, self.time_maa_r, kernel=kernel, packing=packing)
+        return torch.sigmoid(self.receptance(xr)) * self.value(relu_square(self.key(xk), kernel=kernel))
 
     def initialise(self, generator: torch.Generator) -> None:
         C = self.time_maa_k.numel()

@@ -66,7 +66,7 @@ class TimeMix(TimeMixing):
         """What to add to the residual stream, the state after the last token, and block 0's values, which the other
         blocks mix into theirs."""
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        xr, xw, xk, xv, xa, xg = token_shift(x, shift, *mixes, packing=packing)
+        xr, xw, xk, xv, xa, xg = token_shift(x, shift, *mixes, kernel=kernel, packing=packing)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = self.w0 + linear(torch.tanh(linear(xw, self.w1.T)), self.w2.T)
         a = torch.sigmoid(self.a0 + linear(linear(xa, self.a1.T), self.a2.T))
@@ -121,9 +121,9 @@ class ChannelMix(ChannelMixing):
         self.key = Linear(shape.n_embd, shape.dim_ffn)
         self.value = Linear(shape.dim_ffn, shape.n_embd)
 
-    def forward(self, x: Tensor, shift: Tensor, *, packing: Packing | None = None) -> Tensor:
-        (xk,) = token_shift(x, shift, self.x_k, packing=packing)
-        return self.value(relu_square(self.key(xk)))
+    def forward(self, x: Tensor, shift: Tensor, kernel: str = "auto", *, packing: Packing | None = None) -> Tensor:
+        (xk,) = token_shift(x, shift, self.x_k, kernel=kernel, packing=packing)
+        return self.value(relu_square(self.key(xk), kernel=kernel))
 
     def initialise(self, generator: torch.Generator) -> None:
         channel = torch.arange(self.x_k.numel()) / self.x_k.numel()

@@ -1,7 +1,8 @@
 """Choosing a back-end for one call of an op.
 
 An op has several back-ends in order of preference. Each says of a call why it cannot serve it (device, dtype, head
-size, a missing package), or that it can. The first that can is taken; the choice and its reason are logged once.
+size, a missing package), or that it can. The first that can is taken; the choice and its reason are logged once. It is
+looked up after that: on a GPU, a step of a small model is bound by what Python does between its kernels.
 """
 
 from __future__ import annotations
@@ -33,17 +34,23 @@ class Call:
 
     device: str
     dtype: torch.dtype
-    head_size: int
-    length: int
-    needs_grad: bool
+    """Of what the op reads first."""
+    head_size: int = 0
+    """0 for an op that knows no heads."""
+    dtypes: frozenset[torch.dtype] = frozenset()
+    """Of all that the op reads."""
+    autocast: bool = False
+    """Whether PyTorch chooses the precision of each operation."""
 
     @classmethod
-    def of(cls, *tensors: torch.Tensor | None) -> Call:
-        """Facts of a call whose first tensor is (B, T, H, N) and whose others may be None."""
+    def of(cls, *tensors: torch.Tensor | None, head_size: int = 0) -> Call:
+        """Facts of a call with `tensors`, the first of which is not None."""
         first = tensors[0]
         assert first is not None
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        return cls(first.device.type, first.dtype, first.shape[-1], first.shape[1], needs_grad)
+        dtypes = frozenset(x.dtype for x in tensors if x is not None)
+        device = first.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return cls(device, first.dtype, head_size, dtypes, autocast)
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,26 @@ class Op:
 
     name: str
     backends: Sequence[Backend]
+    _chosen: dict[tuple[Call, str, str], Backend] = field(default_factory=dict)
     _reported: set[tuple[str, str]] = field(default_factory=set)
 
-    def choose(self, call: Call, wanted: str = "auto") -> Backend:
+    def choose(self, call: Call, wanted: str = "auto", instead: str = "") -> Backend:
         """The back-end that serves `call`.
 
+        Args:
+            wanted: its name, or "auto" for the most preferred that can.
+            instead: name of the back-end to take where `wanted` is unknown or cannot serve the call.
+
         Raises:
-            ValueError: `wanted` is unknown, or cannot serve the call (the reason is in the message).
+            ValueError: `wanted` is unknown, or cannot serve the call (the reason is in the message), and nothing is
+                named to take `instead`.
         """
+        found = self._chosen.get((call, wanted, instead))
+        if found is None:
+            found = self._chosen[call, wanted, instead] = self._choose(call, wanted, instead)
+        return found
+
+    def _choose(self, call: Call, wanted: str, instead: str) -> Backend:
         rejected: list[str] = []
         for backend in self.backends:
             if wanted not in ("auto", backend.name):
@@ -86,9 +105,13 @@ class Op:
             if reason is None:
                 self._report(backend.name, rejected)
                 return backend
-            if wanted == backend.name:
+            if wanted == backend.name and not instead:
                 raise ValueError(f"{self.name}: back-end {wanted!r} cannot serve this call: {reason}")
             rejected.append(f"{backend.name}: {reason}")
+        for backend in self.backends:
+            if backend.name == instead:
+                self._report(backend.name, rejected)
+                return backend
         known = ", ".join(["auto", *(b.name for b in self.backends)])
         raise ValueError(f"{self.name}: no back-end {wanted!r}; choose one of {known}")
 
@@ -101,3 +124,9 @@ class Op:
         if (chosen, why) not in self._reported:
             self._reported.add((chosen, why))
             logger.info("%s uses %s%s", self.name, chosen, f" ({why})" if why else "")
+
+
+def beside(kernel: str) -> str:
+    """The back-end of a step beside the recurrence, `kernel` being what was asked for the recurrence: those that are
+    plain PyTorch there are so here, and fla has the recurrence only."""
+    return {"chunked": "plain", "reference": "plain", "fla": "triton"}.get(kernel, kernel)

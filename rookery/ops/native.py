@@ -20,12 +20,30 @@ def numba_installed() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def refuses(call: Call) -> str | None:
-    """Why the native back-end of a recurrence cannot serve `call`, or None."""
+def refuses_machine(call: Call) -> str | None:
+    """Why no native back-end can run where `call` is, or None."""
     if call.device != "cpu":
         return f"runs on a CPU, not on {call.device}"
     if not numba_installed():
         return "Numba is not installed (pip install numba)"
+    return None
+
+
+def refuses_precision(call: Call) -> str | None:
+    """Why loops over fp32 that do what PyTorch's operations would do cannot serve `call`, or None."""
+    others = sorted(str(dtype).removeprefix("torch.") for dtype in call.dtypes - {torch.float32})
+    if others:
+        return f"its loops compute in float32, not in {', '.join(others)}"
+    if call.autocast:
+        return "autocast is on, under which PyTorch's operations choose their precision"
+    return None
+
+
+def refuses(call: Call) -> str | None:
+    """Why the native back-end of a recurrence cannot serve `call`, or None."""
+    reason = refuses_machine(call)
+    if reason:
+        return reason
     if call.dtype not in DTYPES:
         return f"dtype {call.dtype} is not a floating-point type it knows"
     if call.head_size % 4:

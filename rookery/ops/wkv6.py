@@ -52,7 +52,7 @@ def wkv6(
     Raises:
         ValueError: `backend` is unknown or cannot serve this call.
     """
-    chosen = OP.choose(Call.of(r, w, k, v, u, state), backend)
+    chosen = OP.choose(Call.of(r, w, k, v, u, state, head_size=r.shape[-1]), backend)
     if packing is None:
         return chosen.run(r, w, k, v, u, state)
     if chosen.packs:

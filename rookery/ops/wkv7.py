@@ -54,7 +54,7 @@ def wkv7(
     Raises:
         ValueError: `backend` is unknown or cannot serve this call.
     """
-    chosen = OP.choose(Call.of(r, w, k, v, a, b, state), backend)
+    chosen = OP.choose(Call.of(r, w, k, v, a, b, state, head_size=r.shape[-1]), backend)
     if packing is None:
         return chosen.run(r, w, k, v, a, b, state)
     if chosen.packs:

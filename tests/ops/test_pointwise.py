@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from rookery.ops import linear, mix7, relu_square, token_shift
+from rookery.ops.backend import Call, Op
 from rookery.ops.mix7 import mix7_plain
+from rookery.ops.pointwise import TOKEN_SHIFT
 
 
 def normal(*size: int, seed: int = 0) -> Tensor:
@@ -75,6 +78,20 @@ def test_mix7(B: int, T: int, H: int, N: int) -> None:
     inputs = mix7_inputs(B, T, H, N)
     want = with_gradients(mix7_plain, inputs, torch.float64)
     assert_equal(with_gradients(mix7, inputs, torch.float32), want)
+
+
+def test_a_back_end_that_cannot_serve_gives_way_to_the_plain_one(caplog: pytest.LogCaptureFixture) -> None:
+    x, before, mix = normal(1, 3, 7), normal(1, 7), normal(7)
+    torch.testing.assert_close(
+        token_shift(x, before, mix, kernel="native"), token_shift(x, before, mix, kernel="reference")
+    )
+    op = Op("shift", TOKEN_SHIFT.backends)  # that has reported nothing yet
+    with caplog.at_level(logging.INFO, logger="rookery.ops"):
+        for _again in range(2):
+            assert op.choose(Call.of(x, before, mix), "native", instead="plain").name == "plain"
+    assert caplog.messages == ["shift uses plain (native: its loops compute in float32, not in float64)"]
+    with pytest.raises(ValueError, match="cannot serve this call: its loops compute in float32, not in float64"):
+        op.choose(Call.of(x, before, mix), "native")
 
 
 def test_mix7_without_an_initial_state() -> None:

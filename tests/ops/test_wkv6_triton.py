@@ -191,7 +191,7 @@ def test_inputs_need_not_be_contiguous_and_the_segments_are_chosen() -> None:
 
 
 def test_says_why_it_cannot_serve() -> None:
-    call = Call(device="cpu", dtype=torch.float32, head_size=64, length=8, needs_grad=False)
+    call = Call(device="cpu", dtype=torch.float32, head_size=64)
     assert wkv6_triton.refuses(call) == "runs on a GPU, not on cpu"
     for facts, reason in (({"dtype": torch.float64}, "float64"), ({"head_size": 48}, "head size 48")):
         assert reason in (wkv6_triton.refuses(Call(**{**vars(call), "device": "cuda", **facts})) or "")

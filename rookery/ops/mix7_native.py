@@ -1,0 +1,97 @@
+"""`mix7` on a CPU, compiled by Numba: one loop does all steps around the recurrence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rookery.ops import native
+from rookery.ops.backend import Call, tracked
+from rookery.ops.native import bounds_of, chunks_of, transposed, work_of
+from rookery.ops.packed import Packing
+from rookery.ops.wkv7_native import LOG_DECAY_SCALE
+
+
+def refuses(call: Call) -> str | None:
+    """Why this back-end cannot serve `call`, or None."""
+    return native.refuses(call) or native.refuses_precision(call)
+
+
+def mix7_native(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, g: Tensor,
+    k_k: Tensor, k_a: Tensor, r_k: Tensor, ln_weight: Tensor, ln_bias: Tensor, state: Tensor | None, *,
+    eps: float, kernel: str, packing: Packing | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Shapes as in `rookery.ops.mix7`, all fp32; `kernel` is "auto" or "native"."""
+    bounds = bounds_of(r, packing)
+    if state is None:
+        H, N = r_k.shape
+        state = r.new_zeros(len(bounds) - 1, H, N, N)
+    return _Mix7.apply(bounds, eps, *tracked(r, w, k, v, a, g, k_k, k_a, r_k, ln_weight, ln_bias, state))
+
+
+class _Mix7(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, bounds: np.ndarray, eps: float,
+        r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, g: Tensor,
+        k_k: Tensor, k_a: Tensor, r_k: Tensor, ln_weight: Tensor, ln_bias: Tensor, state: Tensor,
+    ) -> Any:  # fmt: skip
+        from rookery.ops import mix7_numba
+        from rookery.ops.jit import share_out, static
+
+        H, N = r_k.shape
+        keep = any(ctx.needs_input_grad)
+        w = w.reshape(-1, H, N)
+        sigmoid = torch.sigmoid(w)
+        decay = torch.exp(LOG_DECAY_SCALE * sigmoid)
+        inputs = [x.reshape(-1, H, N).contiguous() for x in (r, decay, k, v, a, g)]
+        parameters = torch.stack([x.reshape(H, N) for x in (k_k, k_a, r_k, ln_weight, ln_bias)], dim=1)
+        y, u, out = (torch.empty_like(inputs[0]) for _ in range(3))
+        S = transposed(state)
+        chunks = chunks_of(bounds, mix7_numba.CHUNK)
+        starts = r.new_empty(int(chunks[-1]) if keep else 0, H, N, N)
+        arrays = (x.detach().numpy() for x in (*inputs, parameters, S, y, u, starts, out))
+        share_out(mix7_numba.forward, work_of(bounds, H), static(N), bounds, chunks, *arrays, eps)
+        if keep:
+            slope = torch.sigmoid(-w).mul_(sigmoid)
+            ctx.save_for_backward(*inputs, slope, parameters, y, u, starts)
+            ctx.bounds, ctx.chunks, ctx.eps = bounds, chunks, eps
+            ctx.shapes = [x.shape for x in (k_k, k_a, r_k, ln_weight, ln_bias)]
+        return out.view(r.shape), S.mT.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dfinal: Tensor) -> Any:
+        from rookery.ops import mix7_numba
+        from rookery.ops.jit import share_out, static
+
+        *inputs, slope, parameters, y, u, starts = ctx.saved_tensors
+        _, H, N = y.shape
+        G = transposed(dfinal)
+        grads = [torch.empty_like(y) for _ in inputs]
+        dparameters = y.new_zeros(len(G), *parameters.shape)
+        tensors = (
+            *inputs,
+            slope,
+            parameters,
+            y,
+            u,
+            starts,
+            dout.reshape(y.shape).contiguous(),
+            G,
+            *grads,
+            dparameters,
+        )
+        arrays = (x.numpy() for x in tensors)
+        share_out(mix7_numba.backward, work_of(ctx.bounds, H), static(N), ctx.bounds, ctx.chunks, *arrays, ctx.eps)
+        dparameters = dparameters.sum(dim=0).unbind(dim=1)
+        return (
+            None,
+            None,
+            *(grad.view(dout.shape) for grad in grads),
+            *(grad.reshape(shape) for grad, shape in zip(dparameters, ctx.shapes, strict=True)),
+            G.mT,
+        )
