@@ -1,6 +1,6 @@
 """The argument lists of published training scripts, their sizes shrunk and nothing else changed, in real processes.
 
-The lists are those of RWKV-LM (RWKV-v5 and RWKV-v7/train_temp) and RWKV-PEFT. Words in capitals are the values that
+The lists are those of RWKV-LM (RWKV-v5 and RWKV-v7/train_temp), RWKV-PEFT and RWKV Runner. Words in capitals are the values that
 each test shrinks: dimensions, number of devices, steps, and where the data lie.
 """
 
@@ -115,6 +115,15 @@ ADAPTERS = {
         --lora_config '{"lora_load":"","lora_r":32,"lora_alpha":32,"lora_dropout":0.0}'""",
     "miss": """--dataload pad --peft miss --peft_config '{"r":64}' --merge 1 --op cuda""",
 }
+
+RUNNER = """
+--n_layer LAYERS --n_embd WIDTH --vocab_size 65536 --precision bf16 --grad_cp 1 --ctx_len CTX --epoch_steps 2
+--epoch_count EPOCHS --epoch_begin 0 --epoch_save 1 --lr_init 5e-5 --lr_final 5e-5 --micro_bsz BATCH --pre_ffn 0
+--head_qk 0 --warmup_steps 0 --adam_eps 1e-8 --beta1 0.9 --beta2 0.999 --lora_r 64 --lora_alpha 192
+--lora_dropout 0.01 --load_model MODEL --data_file DATA --devices 1 --accumulate_grad_batches 2
+--proj_dir PROJ --data_type binidx --lora --lora_parts=att,ffn,time,ln --strategy deepspeed_stage_2 --accelerator gpu
+"""
+"""What RWKV Runner's page hands to finetune/install-wsl-dep-and-train.sh, and what that adds."""
 
 SFT = """--data_shuffle 0 --data_type sft --sft_field query response --sft_split "train[:1000]" """
 """scripts/run_sft.sh, which trains all weights."""
@@ -232,6 +241,15 @@ def test_adapters(script, tmp_path, method: str) -> None:
         changed = {name for name in merged if not torch.equal(merged[name], before[name])}
         assert changed <= {name.replace(".disha", ".weight") for name in trained}
         assert changed
+
+
+def test_the_start_script_of_runner(script, tmp_path) -> None:
+    base = write_base(tmp_path / "base.pth", "x060")
+    result = script(RUNNER, MODEL=base)
+    assert result.returncode == 0, result.stdout + result.stderr
+    config = read_adapter(tmp_path / "out" / "adapter-final.safetensors").config
+    assert (config.method, config.r, config.alpha, config.dropout) == ("lora", 64, 192, 0.01)
+    assert (config.targets, config.train_parts) == (("att", "ffn"), ("time", "ln"))
 
 
 def test_sft(script, tmp_path) -> None:
