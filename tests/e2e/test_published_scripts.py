@@ -1,7 +1,7 @@
 """The argument lists of published training scripts, their sizes shrunk and nothing else changed, in real processes.
 
-The lists are those of RWKV-LM (RWKV-v5 and RWKV-v7/train_temp), RWKV-PEFT and RWKV Runner. Words in capitals are the values that
-each test shrinks: dimensions, number of devices, steps, and where the data lie.
+The lists are those of RWKV-LM (RWKV-v5 and RWKV-v7/train_temp), RWKV-PEFT and RWKV Runner. Words in capitals are the
+values that each test shrinks: dimensions, number of devices, steps, and where the data lie.
 """
 
 from __future__ import annotations
