@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from importlib import import_module
@@ -124,6 +125,10 @@ def main(args: Sequence[str] | None = None) -> None:
     # PyTorch's idle OpenMP threads spin for milliseconds, at the cost of the threads our own loops run on: 20 % of a
     # training step on two cores. GNU's OpenMP reads this when torch is imported, which has not happened yet.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Whoever is asked to end takes back what is half written, as after Ctrl-C; the second is Windows' Ctrl-Break.
+    for name in ("SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     sys.exit(run(sys.argv[1:] if args is None else list(args)))
 
 

@@ -16,6 +16,7 @@ import typer
 
 from rookery.cli import flags
 from rookery.cli.flags import FlagsCommand
+from rookery.cli.progress import percent, when_due
 from rookery.i18n import N_, _
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False, no_args_is_help=T
 
 # As everywhere in the field, --ctx_len and --ctx-len are the same.
 SETTINGS = {"token_normalize_func": lambda name: name.replace("_", "-")}
-
-LINE_EVERY = 10.0
-"""Seconds between progress lines where there is no terminal."""
 
 
 class OnError(StrEnum):
@@ -251,21 +249,19 @@ def progress_display() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _progress_lines() -> Callable[[str, int, int], None]:
-    said = time.monotonic()
+    due = when_due()
     begun: dict[str, float] = {}
 
     def show(phase: str, done: int, total: int) -> None:
-        nonlocal said
         now = time.monotonic()
         begun.setdefault(phase, now)
-        if now - said < LINE_EVERY or done == 0:
+        if not due(done, total):
             return
-        said = now
         rate = done / max(now - begun[phase], 1e-3)
         line = _(
             "{phase}: {percent:.0f} %, {rate:.1f} MB/s, {left:.0f} s left",
             phase=_(phase),
-            percent=100 * done / max(total, 1),
+            percent=percent(done, total),
             rate=rate / 1e6,
             left=(total - done) / rate,
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from rookery.errors import UserError
 from rookery.formats import ai00, hf
 from rookery.formats.stream import AI00, SAFETENSORS
-from rookery.i18n import _
+from rookery.i18n import N_, _
 
 PREFIXES = ("_forward_module.", "module.", "model.")
 """What DeepSpeed, DDP and RWKV-PEFT put before a name."""
@@ -126,6 +126,14 @@ def load_pth(file: Path) -> object:
         UserError: the file is damaged, or would run code.
     """
     damaged = _("{path} is damaged or not a PyTorch file; copy or download it again", path=file)
+    with open(file, "rb") as content:
+        begin = content.read(2)
+    if begin not in (b"PK", b"\x80\x02"):  # a zip archive; before PyTorch 1.6, a pickle
+        if kind := OTHER_KINDS.get(file.suffix.lower()):
+            raise UserError(
+                _("{path} is {kind}, no file of weights: choose a .pth or .safetensors", path=file, kind=_(kind))
+            )
+        raise UserError(damaged)
     try:
         # Files older than PyTorch 1.6 are no zip archives and cannot be mapped.
         mappable = zipfile.is_zipfile(file)
@@ -151,6 +159,21 @@ def _read_pth(file: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(name, str) and is_plain(t) for name, t in content.items()):
         raise UserError(_("{path} is not a flat dictionary of tensors", path=file))
     return content
+
+
+OTHER_KINDS = {
+    ".jsonl": N_("training data"),
+    ".json": N_("a JSON file"),
+    ".txt": N_("a text"),
+    ".bin": N_("tokens of training data"),
+    ".idx": N_("the index of training data"),
+    ".npy": N_("a NumPy array"),
+    ".csv": N_("a table"),
+    ".parquet": N_("a table"),
+    ".toml": N_("a recipe"),
+    ".gguf": N_("a GGUF model, which is made for llama.cpp and not for training"),
+}
+"""What people take for weights by mistake, by the ending."""
 
 
 def is_plain(value: object) -> bool:

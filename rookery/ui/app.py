@@ -114,7 +114,11 @@ def _train_routes(app: FastAPI, console: Console) -> None:
 def _run_routes(app: FastAPI, console: Console, ended: Callable[[], bool]) -> None:
     @app.get("/api/events")
     async def events(run: str = "", count: int = 0, generation: int = 0) -> StreamingResponse:
-        changes = Changes(console, console.runs.get(run) if run else None, count, generation)
+        try:
+            watched = console.runs.get(run) if run else None
+        except UserError:  # it was deleted; the rest of the console goes on
+            watched = None
+        changes = Changes(console, watched, count, generation)
         return StreamingResponse(stream(changes, ended), media_type="text/event-stream")
 
     @app.get("/api/runs/metrics")

@@ -10,11 +10,11 @@ from typing import Any
 
 from rookery.errors import UserError
 from rookery.i18n import _, set_language
+from rookery.serve.guard import is_loopback
 from rookery.ui import failures, form, machine, processes
 from rookery.ui.jobs import Jobs
 from rookery.ui.places import MODELS, Places
-from rookery.ui.runs import ACTIVE, OUTPUT, REQUEST, Run, Runs, find_runs, start_training, started_here
-from rookery.ui.security import is_loopback
+from rookery.ui.runs import ACTIVE, OUTPUT, REQUEST, Run, Runs, elsewhere, find_runs, start_training, started_here
 from rookery.ui.servers import Servers
 from rookery.ui.settings import Settings
 from rookery.ui.worker import Worker
@@ -169,7 +169,7 @@ class Console:
         return next((folder for folder in candidates if (folder / proj_dir).resolve() == path), self.places.first)
 
     def _start(self, path: Path, folder: Path, proj_dir: str) -> None:
-        self.worker.close()  # its memory is for the training
+        self.worker.rest()  # its memory is for the training
         words = ["train", "--config", f"{proj_dir}/config.toml", "--proj_dir", proj_dir]
         start_training(path, processes.rookery_command(*words), folder)
         self.runs.summaries(again=True)
@@ -187,7 +187,12 @@ class Console:
         pid = started["pid"] if phase == "starting" and started else status.get("pid")
         if phase not in ACTIVE or not pid:
             raise UserError(_("{path} is not training", path=path))
-        processes.interrupt(int(pid))
+        if host := elsewhere(status):
+            raise UserError(_("{path} trains on another machine, {host}: stop it there", path=path, host=host))
+        try:
+            processes.interrupt(int(pid))
+        except OSError as error:
+            raise UserError(_("process {pid} cannot be stopped: {reason}", pid=int(pid), reason=error)) from error
 
     def models(self) -> list[dict[str, Any]]:
         """What is in every weight file below the folders, read once for each state of a file."""

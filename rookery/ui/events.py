@@ -8,7 +8,7 @@ from typing import Any
 
 from rookery.ui import machine, processes
 from rookery.ui.console import Console, encoded
-from rookery.ui.runs import Run, read_from, started_here
+from rookery.ui.runs import Run, elsewhere, read_from, started_here
 
 EVERY = 1.0
 """Seconds between two looks at the files."""
@@ -54,7 +54,7 @@ class Changes:
     def _of_run(self, run: Run) -> list[tuple[str, str]]:
         run.metrics.refresh()
         news: dict[str, Any] = {}
-        if run.metrics.generation != self._generation:
+        if run.metrics.generation != self._generation or len(run.metrics) < self._count:
             news["reset"] = True
         elif len(run.metrics) > self._count:
             news["steps"] = run.metrics.after(self._count)
@@ -70,8 +70,9 @@ class Changes:
                 news["log"] = {"text": text, "whole": offset < self._log_offset}
                 self._log_offset = offset
         started = started_here(run.path)
-        pid = run.status().get("pid") or (started or {}).get("pid")
-        if pid and processes.alive(pid):
+        status = run.status()
+        pid = status.get("pid") or (started or {}).get("pid")
+        if pid and not elsewhere(status) and processes.alive(pid, status.get("started", 0)):
             news["memory"] = processes.memory(pid)
         return [("run", encoded(news))] if news else []
 

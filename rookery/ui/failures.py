@@ -49,6 +49,7 @@ FAILURES = (
             "Close other programs, lower the micro batch or the context, turn on gradient checkpointing, or take a "
             "smaller model."
         ),
+        sentences=("the helper process ended; memory may have run out",),
         patterns=(r"\bMemoryError\b", r"DefaultCPUAllocator: (can't|not enough)", r"std::bad_alloc", r"os error 1455"),
     ),
     Failure(
@@ -141,6 +142,8 @@ FAILURES = (
             "{path} is not a flat dictionary of tensors",
             "{path} holds no tensors",
             "{path} holds no RWKV model, state or adapter; its first tensor is {name}",
+            "{path} is {kind}, no file of weights: choose a .pth or .safetensors",
+            "{path} is a directory without rwkv-final.pth, rwkv-N.pth or rwkv-init.pth",
         ),
     ),
     Failure(
@@ -338,12 +341,11 @@ def as_dict(failure: Failure) -> dict[str, str]:
     return {"code": failure.code, "cause": failure.cause, "remedy": failure.remedy}
 
 
-def warnings(metrics: Metrics) -> list[dict[str, str]]:
-    """What is odd about a run that goes on."""
-    loss = metrics.columns["loss"]
-    recent = sorted(loss[-20:])
-    # A new model begins at the logarithm of its vocabulary, so only a loss that stays there says something.
-    high = len(loss) >= 200 and recent[len(recent) // 2] > 5
+def warnings(metrics: Metrics, *, new_model: bool) -> list[dict[str, str]]:
+    """What is odd about a run that goes on. A new model begins at the logarithm of its vocabulary and may stay above 5
+    for long; one that was trained before and does so reads something that it does not know."""
+    recent = sorted(metrics.columns["loss"][-20:])
+    high = not new_model and len(recent) == 20 and recent[10] > 5
     return [as_dict(HIGH_LOSS)] if high else []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from rookery.i18n import _
 from rookery.ui import failures, processes
 from rookery.ui.form import quoted
 from rookery.ui.runs import read_from
+
+PATIENCE = 15.0
+"""Seconds that a cancelled job has before it is ended by force."""
 
 PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
 
@@ -65,8 +69,8 @@ class Jobs:
             job["ended"] = time.time()
         output, _end = read_from(job["log"], -20_000)
         state = "running" if status is None else "done" if status == 0 else "failed"
-        if state == "failed" and job["cancelled"]:
-            state = "cancelled"
+        if job["cancelled"]:
+            state = {"running": "cancelling", "failed": "cancelled"}.get(state, state)
         percents = PERCENT.findall(output)
         return {
             **{name: job[name] for name in ("id", "kind", "title", "command", "result", "started", "ended")},
@@ -81,10 +85,9 @@ class Jobs:
         return [self.state(number) for number in sorted(self._jobs, reverse=True)]
 
     def cancel(self, number: int) -> dict[str, Any]:
-        """End a job that runs."""
-        self.state(number)
-        job = self._jobs[number]
-        if job["ended"] is None:
+        """Begin to end a job that runs: it takes back what it has half written, which may last some seconds."""
+        job = self._jobs.get(number)
+        if job is not None and processes.exit_status(job["pid"]) is None and not job["cancelled"]:
             job["cancelled"] = True
-            processes.end(job["pid"])
+            threading.Thread(target=processes.end, args=(job["pid"],), kwargs={"patience": PATIENCE}).start()
         return self.state(number)

@@ -27,6 +27,7 @@ def machine() -> dict[str, Any]:
         "cores": psutil.cpu_count() or 1,
         "load": psutil.cpu_percent(),
         "gpus": gpus(),
+        "windows": sys.platform == "win32",
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from array import array
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ class Metrics:
         self.file = file
         self.generation = 0
         """Grows when the file was cut, as a run that goes on from a checkpoint does: what was read before is void."""
+        self._lock = threading.Lock()
         self._forget()
 
     def _forget(self) -> None:
@@ -36,9 +38,9 @@ class Metrics:
         return len(self.columns["step"])
 
     def refresh(self) -> None:
-        """Read what was added to the file since the last time."""
+        """Read what was added to the file since the last time. Each page asks in a thread of its own."""
         try:
-            with self.file.open("rb") as stream:
+            with self._lock, self.file.open("rb") as stream:
                 if not self._continues(stream):
                     self.generation += 1
                     self._forget()
@@ -85,7 +87,7 @@ class Metrics:
             "group": group,
             "generation": self.generation,
             "count": len(self),
-            "validations": self.validations,
+            "validations": self._validated(),
         }
         bounds = [(at, min(at + group, end)) for at in range(begin, end, group)]
         result["step"] = [steps[stop - 1] for _at, stop in bounds]
@@ -93,8 +95,8 @@ class Metrics:
             column = self.columns[name]
             result[name] = [_mean(column, at, stop) for at, stop in bounds]
         loss = self.columns["loss"]
-        result["low"] = [_json(min(loss[at:stop])) for at, stop in bounds] if group > 1 else result["loss"]
-        result["high"] = [_json(max(loss[at:stop])) for at, stop in bounds] if group > 1 else result["loss"]
+        result["low"] = [finite(min(loss[at:stop])) for at, stop in bounds] if group > 1 else result["loss"]
+        result["high"] = [finite(max(loss[at:stop])) for at, stop in bounds] if group > 1 else result["loss"]
         return result
 
     def after(self, count: int) -> dict[str, Any]:
@@ -102,9 +104,12 @@ class Metrics:
         return {
             "generation": self.generation,
             "count": len(self),
-            "validations": self.validations,
-            **{name: [_json(value) for value in column[count:]] for name, column in self.columns.items()},
+            "validations": self._validated(),
+            **{name: [finite(value) for value in column[count:]] for name, column in self.columns.items()},
         }
+
+    def _validated(self) -> list[tuple[float, float | None]]:
+        return [(step, finite(loss)) for step, loss in self.validations]
 
     def sparkline(self, points: int = 60) -> list[float | None]:
         """The course of the loss in a few numbers, for a small picture: medians of equal parts."""
@@ -113,7 +118,7 @@ class Metrics:
             return []
         group = max(1, math.ceil(len(loss) / points))
         parts = [sorted(loss[at : at + group]) for at in range(0, len(loss), group)]
-        return [_json(round(part[len(part) // 2], 4)) for part in parts]
+        return [finite(round(part[len(part) // 2], 4)) for part in parts]
 
     def seconds(self) -> float:
         """Time that went by while steps were made; pauses between two sessions do not count."""
@@ -130,15 +135,15 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
-def _json(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
 
 
 def _mean(column: array[float], begin: int, end: int) -> float | None:
     if end - begin == 1:
-        return _json(column[begin])
-    return _json(math.fsum(column[begin:end]) / (end - begin))
+        return finite(column[begin])
+    return finite(math.fsum(column[begin:end]) / (end - begin))
 
 
 def _first_at_least(steps: array[float], value: float) -> int:

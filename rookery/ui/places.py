@@ -63,7 +63,8 @@ class Places:
         The folders themselves when `path` is empty and there are several.
         """
         if not path and len(self.folders) > 1:
-            return {"path": "", "parent": None, "entries": [_entry(folder, str(folder)) for folder in self.folders]}
+            folders = [_entry(folder, str(folder)) for folder in self.folders]
+            return {"path": "", "parent": None, "entries": folders, "weights": False}
         folder = self.allowed(path) if path else self.first
         if not folder.is_dir():
             folder = folder.parent
@@ -81,7 +82,7 @@ class Places:
                 continue
             if entry.is_dir() or (kind != "folder" and (not KINDS[kind] or entry.suffix.lower() in KINDS[kind])):
                 entries.append(_entry(entry, entry.name))
-        return {"path": str(folder), "parent": parent, "entries": entries}
+        return {"path": str(folder), "parent": parent, "entries": entries, "weights": _has_weights(folder)}
 
 
 def _entry(path: Path, name: str) -> dict[str, Any]:
@@ -99,6 +100,12 @@ def _entry(path: Path, name: str) -> dict[str, Any]:
         "run": folder and (path / "status.json").exists(),
         "bytes": path.with_suffix(".bin").stat().st_size if data and path.with_suffix(".bin").exists() else size,
     }
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the folder itself is a model: of a run, or of Hugging Face."""
+    names = ("status.json", "rwkv-final.pth", "model.safetensors", "model.safetensors.index.json")
+    return any((folder / name).exists() for name in names)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:

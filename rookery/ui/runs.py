@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.ui import failures, processes
-from rookery.ui.metrics import Metrics
+from rookery.ui.metrics import Metrics, finite
 from rookery.ui.places import Places, natural
 
 DEPTH = 4
@@ -49,16 +50,19 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics = Metrics(path / "metrics.jsonl")
+        self._heard: tuple[float, float] | None = None
+        """Of a run on another machine: when it last wrote, by its clock and by this process's."""
         self._stamp: tuple[Any, ...] = ()
         self._summary: dict[str, Any] = {}
 
     def status(self) -> dict[str, Any]:
-        """status.json; empty when there is none yet."""
+        """status.json without what is of the wrong kind, such as a loss that is no number; empty when there is none
+        yet."""
         try:
             found = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return {name: value for name, value in found.items() if _sound(name, value)} if isinstance(found, dict) else {}
 
     def config(self, name: str = "config.toml") -> dict[str, Any]:
         """Leaf -> value of config.toml; empty when it cannot be read."""
@@ -83,12 +87,25 @@ class Run:
         """The phase as it is, not as a process that was killed last wrote it."""
         started = started_here(self.path)
         phase = str(status.get("phase", ""))
-        if started and started["time"] > status.get("started", 0):
+        if started and started["time"] > status.get("started", 0) and started["pid"] != status.get("pid"):
             # The process has not written its status yet, or will never do it.
             return "starting" if processes.alive(started["pid"]) else "failed"
-        if phase in ACTIVE and not _lives(status):
+        if phase in ACTIVE and not self._lives(status):
             return "killed"
         return phase or "unknown"
+
+    def _lives(self, status: dict[str, Any]) -> bool:
+        """Whether the process that wrote `status` runs. One of another machine, which shares the folder with this one,
+        is believed for a while after it has written something new: by the clock of this machine, except for what was
+        there when the console first looked, since the other clock may be wrong."""
+        if not elsewhere(status):
+            return processes.alive(status.get("pid"), status.get("started", 0))
+        now, updated = time.monotonic(), float(status.get("updated", 0))
+        if self._heard is None:
+            self._heard = (updated, now - max(0.0, time.time() - updated))
+        elif self._heard[0] != updated:
+            self._heard = (updated, now)
+        return now - self._heard[1] < BELIEVED
 
     def summary(self) -> dict[str, Any]:
         """What the list of runs shows."""
@@ -112,8 +129,8 @@ class Run:
             "total_steps": status.get("total_steps", 0),
             "progress": status.get("progress", 0),
             "eta": status.get("eta") if phase == "training" else None,
-            "loss": status.get("loss", loss[-1] if loss else None),
-            "val_loss": self.metrics.validations[-1][1] if self.metrics.validations else None,
+            "loss": status.get("loss", finite(loss[-1]) if loss else None),
+            "val_loss": finite(self.metrics.validations[-1][1]) if self.metrics.validations else None,
             "tok_s": status.get("tok_s"),
             "pid": status.get("pid"),
             "started": status.get("started"),
@@ -121,8 +138,9 @@ class Run:
             "seconds": self.metrics.seconds(),
             "exit_reason": reason,
             "failure": failures.explain(phase, reason) if phase in ("failed", "killed") else None,
-            "warnings": failures.warnings(self.metrics),
+            "warnings": failures.warnings(self.metrics, new_model=method_of(config) == "pretrain"),
             "method": method_of(config),
+            "host": elsewhere(status),
             "config": {leaf: config.get(leaf) for leaf in SHOWN},
             "spark": self.metrics.sparkline(),
             "weights": self.has_weights(),
@@ -156,6 +174,16 @@ class Run:
             return (self.path / name).stat().st_mtime
         except OSError:
             return 0.0
+
+
+TEXTS = ("phase", "host", "exit_reason")
+"""What status.json says in words; the rest are numbers."""
+
+
+def _sound(name: str, value: Any) -> bool:
+    if name in TEXTS:
+        return isinstance(value, str)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 SHOWN = (
@@ -254,12 +282,10 @@ def started_here(path: Path) -> dict[str, Any] | None:
     return _started.get(path)
 
 
-def _lives(status: dict[str, Any]) -> bool:
-    """Whether the process that wrote `status` runs. One of another machine, which shares the folder with this one, is
-    believed for a while."""
-    if status.get("host", socket.gethostname()) != socket.gethostname():
-        return time.time() - float(status.get("updated", 0)) < BELIEVED
-    return processes.alive(status.get("pid"), status.get("started", 0))
+def elsewhere(status: dict[str, Any]) -> str:
+    """The other machine on which a run was started; "" for this one."""
+    host = str(status.get("host", ""))
+    return host if host != socket.gethostname() else ""
 
 
 def is_run(path: Path) -> bool:

@@ -13,19 +13,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rookery.i18n import _
+from rookery.serve.guard import is_loopback
 
 COOKIE = "rookery_token"
 
 HEADER = "x-rookery"
 """A request that changes something carries this header, which another site's page cannot add."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can only be reached from this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Guard:

@@ -29,26 +29,36 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
         self._asked = 0.0
+        self._ended = 0
+        """How often it was ended on purpose."""
+        self._closed = False
 
     def ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """The answer of `rookery.cli.ui_worker`: its ``result``, or ``error`` (and ``trace``)."""
         with self._lock:
-            try:
-                process = self._running()
-                assert process.stdin is not None
-                assert process.stdout is not None
-                self._asked = time.monotonic()
-                question = {"operation": operation, "language": language(), **arguments}
-                process.stdin.write(json.dumps(question) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-                self._asked = time.monotonic()
-            except OSError:
-                line = ""
-            if line:
-                return dict(json.loads(line))
-            self._end()
-            return {"error": _("the helper process ended; memory may have run out"), "trace": ""}
+            while True:
+                ended_before = self._ended
+                line = self._answer({"operation": operation, "language": language(), **arguments})
+                if line:
+                    return dict(json.loads(line))
+                self._end()
+                if self._ended == ended_before or self._closed:
+                    return {"error": _("the helper process ended; memory may have run out"), "trace": ""}
+
+    def _answer(self, question: dict[str, Any]) -> str:
+        """One line; empty when the helper ended."""
+        try:
+            process = self._running()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            self._asked = time.monotonic()
+            process.stdin.write(json.dumps(question) + "\n")
+            process.stdin.flush()
+            return process.stdout.readline()
+        except OSError:
+            return ""
+        finally:
+            self._asked = time.monotonic()
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
@@ -75,11 +85,17 @@ class Worker:
                 finally:
                     self._lock.release()
 
-    def close(self) -> None:
-        """End the helper, also in the middle of an answer."""
+    def rest(self) -> None:
+        """End the helper, because something else needs its memory. A question under way is asked again."""
+        self._ended += 1
         process = self._process
         if process is not None:
             process.kill()
+
+    def close(self) -> None:
+        """End the helper for good, also in the middle of an answer."""
+        self._closed = True
+        self.rest()
         with self._lock:
             self._end()
 

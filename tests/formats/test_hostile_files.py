@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 import tempfile
 import zipfile
@@ -256,6 +257,23 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"old\.pth"):
         read_weights(tmp_path / "old.pth")
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "said"),
+    [
+        ("chat.jsonl", b'{"text": "hello"}\n', "is training data, no file of weights: choose a .pth or .safetensors"),
+        ("model.gguf", b"GGUF\x03\0\0\0", "is a GGUF model, which is made for llama.cpp"),
+        ("page.pth", b"<!DOCTYPE html>", "is damaged or not a PyTorch file; copy or download it again"),
+        ("empty.pth", b"", "is damaged or not a PyTorch file"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_and_not_taken_for_code(
+    name: str, begin: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(begin)
+    with pytest.raises(UserError, match=re.escape(f"{name} {said}")):
+        read_weights(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
@@ -67,6 +68,17 @@ def test_what_is_missing_or_garbled_is_none(file) -> None:
     series = metrics.series()
     assert (series["loss"], series["grad_norm"], series["memory"]) == ([2.0], [None], [None])
     json.dumps(series, allow_nan=False)
+
+
+def test_pages_that_ask_at_once_read_each_line_once(file) -> None:
+    file.write_text(lines(range(1, 20001)), encoding="utf-8")
+    metrics = Metrics(file)
+    threads = [threading.Thread(target=metrics.refresh) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(metrics.columns["step"]) == list(range(1, 20001))
 
 
 def test_a_pause_between_two_sessions_is_no_training_time(file) -> None:

@@ -162,6 +162,57 @@ def test_a_run_of_another_machine_is_not_taken_for_dead(console, make_run) -> No
     assert found[str(silent)]["phase"] == "killed"
 
 
+def test_a_run_of_another_machine_is_believed_by_the_clock_of_this_one(console, make_run) -> None:
+    """The other clock may go an hour ahead or behind: what counts is that something new was written."""
+    far = {"phase": "training", "pid": 2**22 + 1, "host": "another-machine", "started": 1.0}
+    late = make_run("late", updated=time.time() - 3600, **far)
+    console.ask("api/settings", {"folders": []})
+    assert first_events(console)["runs"][str(late)]["phase"] == "killed"
+    status = {"updated": time.time() - 3599, **far}
+    (late / "status.json").write_text(json.dumps(status), encoding="utf-8")
+    assert first_events(console)["runs"][str(late)]["phase"] == "training"
+
+
+def test_only_the_machine_of_a_run_can_stop_it(console, make_run) -> None:
+    """The number of its process means another one here."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as bystander:
+        now = time.time()
+        path = make_run("far", phase="training", pid=bystander.pid, host="another-machine", started=now, updated=now)
+        status, answer = console.ask("api/runs/stop", {"run": str(path)})
+        assert status == 400
+        assert "another machine, another-machine: stop it there" in answer["error"]
+        assert bystander.poll() is None
+        bystander.communicate(b"\n")
+
+
+def test_a_run_that_is_gone_stops_nothing_else(console, make_run) -> None:
+    path = make_run("shortly")
+    assert "runs" in first_events(console, f"run={path.parent / 'nowhere'}")
+    assert console.ask("api/runs/delete", {"run": str(path)})[0] == 200
+    assert str(path) not in first_events(console, f"run={path}&count=30&generation=0")["runs"]
+
+
+def test_a_status_that_makes_no_sense_harms_no_page(console, make_run) -> None:
+    odd = make_run("odd", phase=3, started="yesterday", loss=float("nan"), eta=float("inf"), updated=None)
+    (odd / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 1, "val_loss": NaN}\n', encoding="utf-8")
+    broken = make_run("broken", phase="done")
+    (broken / "status.json").write_text('{"phase": "trai', encoding="utf-8")
+    console.ask("api/settings", {"folders": []})
+    found = first_events(console)["runs"]
+    assert (found[str(odd)]["phase"], found[str(odd)]["loss"]) == ("unknown", None)
+    assert found[str(broken)]["phase"] == "unknown"
+    assert console.ask(f"api/runs/metrics?run={odd}")[1]["validations"] == [[1, None]]
+
+
+@pytest.mark.parametrize(("config", "code"), [("[model]\nload_model = 'm.pth'\n", ["RK701"]), ("[model]\n", [])])
+def test_a_loss_above_5_is_warned_of_where_a_model_was_trained_before(console, make_run, config, code) -> None:
+    path = make_run(f"high{len(code)}", steps=0, config=config)
+    lines = "".join(json.dumps({"step": s, "loss": 9.0}) + "\n" for s in range(1, 21))
+    (path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    console.ask("api/settings", {"folders": []})
+    assert [warning["code"] for warning in first_events(console)["runs"][str(path)]["warnings"]] == code
+
+
 def test_a_run_directory_is_never_written_over(console, make_run) -> None:
     path = make_run("used")
     before = (path / "config.toml").read_text(encoding="utf-8")

@@ -124,13 +124,17 @@ function openStream() {
   source.onopen = () => { connected.value = true; };
   source.onerror = () => {
     if (mine !== source) return;
+    // A browser would ask again for what this page has got meanwhile; and not at all after an answer like 401.
+    mine.close();
     connected.value = false;
-    // After an answer like 404 or 401 a browser does not try again by itself.
-    if (mine.readyState === EventSource.CLOSED) setTimeout(() => mine === source && openStream(), 2000);
+    setTimeout(() => mine === source && openStream(), 1500);
   };
   const on = (name, take) => mine.addEventListener(name, (event) => mine === source && take(JSON.parse(event.data)));
+  let first = true;
   on("runs", (changed) => {
-    const next = { ...runs.value };
+    // What was deleted while this page heard nothing is not among the first.
+    const next = first ? {} : { ...runs.value };
+    first = false;
     for (const [path, run] of Object.entries(changed)) {
       if (run) next[path] = run;
       else delete next[path];

@@ -220,7 +220,7 @@ function FileDialog({ title, kind, start, answer }) {
     }
   };
   useEffect(() => { visit(start || ""); }, []);
-  const folders = kind === "folder" || kind === "data";
+  const folders = kind === "folder" || kind === "data" || (kind === "model" && listing?.weights);
   return html`
     <div class="dialog-body">
       <h2>${title}</h2>
@@ -242,24 +242,35 @@ function FileDialog({ title, kind, start, answer }) {
     </div>`;
 }
 
+const JOB_STATES = {
+  running: ["training", "wait", () => t("working")],
+  cancelling: ["training", "wait", () => t("cancelling…")],
+  done: ["done", "check", () => t("done")],
+  failed: ["failed", "cross", () => t("failed")],
+  cancelled: ["stopped", "stop", () => t("cancelled")],
+};
+
 /** A command that runs: its progress, its output, its end. */
-export const Job = ({ job, children }) => html`
-  <div class="job" data-state=${job.state}>
+export const Job = ({ job, children }) => {
+  const [look, icon, name] = JOB_STATES[job.state];
+  const active = job.state === "running" || job.state === "cancelling";
+  const newest = job.output.trimEnd().split("\n").pop();
+  return html`
+  <div class="job" data-state=${job.state} role="group" aria-label=${job.title}>
     <div class="row between">
       <strong>${job.title}</strong>
       <span class="row">
-        ${job.state === "running" && html`<button class="button small" onClick=${() => api("jobs/cancel", { id: job.id }).catch(complain)}>${t("Cancel")}</button>`}
-        <span class=${`phase phase-${{ running: "training", done: "done", failed: "failed", cancelled: "stopped" }[job.state]}`}>
-          <${Icon} name=${{ running: "wait", done: "check", failed: "cross", cancelled: "stop" }[job.state]} />
-          ${{ running: t("working"), done: t("done"), failed: t("failed"), cancelled: t("cancelled") }[job.state]}
-        </span>
+        ${job.state === "running" && html`<button class="button small" aria-label=${t("Cancel {name}", { name: job.title })} onClick=${() => api("jobs/cancel", { id: job.id }).catch(complain)}>${t("Cancel")}</button>`}
+        <span role="status"><span class=${`phase phase-${look}`}><${Icon} name=${icon} />${name()}</span></span>
       </span>
     </div>
-    ${job.state === "running" && html`<${Bar} value=${job.percent} />`}
+    ${active && html`<${Bar} value=${job.percent} label=${job.title} />${newest && html`<p class="help">${newest}</p>`}`}
+    ${job.state === "cancelled" && html`<p class="help">${t("What was half written is removed.")}</p>`}
     ${job.failure && html`<${Problem} failure=${job.failure.code === "RK900" ? null : job.failure} text=${job.output} />`}
     ${!job.failure && html`<details><summary>${t("Output")}</summary><${Code} text=${`$ ${job.command}\n${job.output}`} label=${t("Output")} /></details>`}
     ${job.state === "done" && children}
   </div>`;
+};
 
 /** Progress in percent; null = going on, nobody knows how far. */
 export const Bar = ({ value, label }) => html`

@@ -103,7 +103,8 @@ function Head({ run, memory }) {
         <h1>${run.name} <span role="status"><${Phase} phase=${run.phase} /></span></h1>
       </div>
       <div class="row actions">
-        ${active && html`<button class="button danger" onClick=${() => act("stop", t("Stopping: the step is finished and saved first."))}><${Icon} name="stop" filled />${t("Stop and save")}</button>`}
+        ${active && run.host && html`<span class="muted">${t("It trains on {host}: stop it there.", { host: run.host })}</span>`}
+        ${active && !run.host && html`<button class="button danger" onClick=${() => act("stop", t("Stopping: the step is finished and saved first."))}><${Icon} name="stop" filled />${t("Stop and save")}</button>`}
         ${run.resumable && html`<button class="button primary" onClick=${() => act("resume", t("Going on from the last checkpoint."))}><${Icon} name="play" filled />${t("Resume")}</button>`}
         ${run.weights && html`<a class=${`button ${run.phase === "done" ? "primary" : ""}`} href=${link("chat", { model: run.path })}><${Icon} name="chat" />${t("Try it")}</a>`}
         <button class="button" onClick=${() => cloneRun(run.path)}><${Icon} name="copy" />${t("Clone into the form")}</button>

@@ -46,7 +46,7 @@ function Row({ run, color, toggle }) {
         : html`<b>${count(run.step)}</b><span class="muted">${t("steps")}</span>`}</span>
       <span class="run-date muted">${date(run.updated)}</span>
       <span class="row run-tools">
-        ${isActive(run) && html`<button class="icon-button" title=${t("Stop and save")} aria-label=${t("Stop and save {name}", { name: run.name })} onClick=${() => act("stop", t("Stopping: the step is finished and saved first."))}><${Icon} name="stop" filled /></button>`}
+        ${isActive(run) && !run.host && html`<button class="icon-button" title=${t("Stop and save")} aria-label=${t("Stop and save {name}", { name: run.name })} onClick=${() => act("stop", t("Stopping: the step is finished and saved first."))}><${Icon} name="stop" filled /></button>`}
         ${run.resumable && html`<button class="icon-button" title=${t("Resume")} aria-label=${t("Resume {name}", { name: run.name })} onClick=${() => act("resume", t("Going on from the last checkpoint."))}><${Icon} name="play" filled /></button>`}
         ${run.weights && html`<a class="icon-button" title=${t("Try it")} aria-label=${t("Try {name}", { name: run.name })} href=${link("chat", { model: run.path })}><${Icon} name="chat" /></a>`}
         <button class="icon-button" title=${t("Clone into the form")} aria-label=${t("Clone {name} into the form", { name: run.name })} onClick=${() => cloneRun(run.path)}><${Icon} name="copy" /></button>

@@ -1,7 +1,7 @@
 // An API for other programs: start, stop, and how to call it.
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
-import { api, bytes, complain, fileName, html, kept, runs, servers, t, toast } from "../core.js";
+import { api, bytes, complain, fileName, html, kept, machine, runs, servers, t, toast } from "../core.js";
 import { Card, Choice, Code, Empty, Icon, PathField, Problem, TextField } from "../widgets.js";
 import { models, modelName, needModels } from "./models.js";
 
@@ -67,6 +67,9 @@ answer = client.chat.completions.create(
 )
 for part in answer:
     print(part.choices[0].delta.content or "", end="", flush=True)`;
+  }
+  if (machine.value?.windows) {
+    return `curl.exe ${server.url}/chat/completions -H "Content-Type: application/json" -d "{\\"model\\": \\"${server.name}\\", \\"messages\\": [{\\"role\\": \\"user\\", \\"content\\": \\"1+1=?\\"}]}"`;
   }
   return `curl ${server.url}/chat/completions \\
   -H "Content-Type: application/json" \\
