@@ -21,6 +21,7 @@ from rookery.i18n import set_language
 
 if TYPE_CHECKING:
     from rookery.config.memory import Plan
+    from rookery.config.tree import DataSection
 
 
 def check(words: list[str], gpu_free: int | None) -> dict[str, Any]:
@@ -29,21 +30,20 @@ def check(words: list[str], gpu_free: int | None) -> dict[str, Any]:
     from rookery.config import differences, parse
     from rookery.config.memory import Plan
     from rookery.config.tree import SECTION_OF, get
-    from rookery.data import BinIdx
-    from rookery.train import prepare
+    from rookery.train.prepare import prepare_run
     from rookery.train.rundir import RunFiles
 
     parsed = parse(words)
-    resolved = prepare(parsed.config, parsed.origins)
+    files = RunFiles(parsed.config.run.proj_dir)
+    prepared = prepare_run(parsed.config, parsed.origins, files, lambda text: None, open_data=opened)
+    resolved, facts = prepared.resolved, prepared.dataset.facts
     config = resolved.config
-    files = RunFiles(config.run.proj_dir)
     other: list[Any] = []
     if files.config_file.exists() and any(files.checkpoints.glob("step-*")):
         other = [(d.leaf, d.before, d.after) for d in differences(parse([], files.config_file).config, config)]
-    data = BinIdx(config.data.data_file) if config.data.data_type == "binidx" else None
     return {
         "memory": memory(Plan.of(config), gpu_free),
-        "data": data and {"tokens": data.tokens, "documents": len(data)},
+        "data": {"tokens": facts.tokens, "documents": facts.documents, "samples": facts.samples},
         "values": {leaf: get(config, leaf) for leaf in SECTION_OF},
         "origins": {leaf: str(resolved.origins[leaf]) for leaf in SECTION_OF},
         "notes": [*parsed.notes, *resolved.notes],
@@ -51,9 +51,34 @@ def check(words: list[str], gpu_free: int | None) -> dict[str, Any]:
     }
 
 
+_opened: dict[Any, Any] = {}
+"""Settings and the state of the files they name -> the data that `opened` gave last."""
+
+
+def opened(data: DataSection, **others: Any) -> Any:
+    """`open_datasets`, which reads all of a text, once for all changes of the form that leave the data alone."""
+    from rookery.data import open_datasets
+
+    named = [data.data_file, data.val_file, data.qa_mix_file, *(part.rpartition(":")[0] for part in data.mix or [])]
+    key = (data.model_dump_json(), *sorted(others.items()), *(state_of(name) for name in named if name))
+    if key not in _opened:
+        _opened.clear()  # before the others are read: both may be large
+        _opened[key] = open_datasets(data, **others)
+    return _opened[key]
+
+
+def state_of(name: str) -> tuple[Any, ...]:
+    """Changes whenever a file, a folder's files or binidx data do."""
+    path = Path(name)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path, Path(f"{name}.bin"), Path(f"{name}.idx")]
+    found = (file.stat() for file in files if file.exists())
+    return name, *((stat.st_mtime_ns, stat.st_size) for stat in found)
+
+
 def memory(plan: Plan, gpu_free: int | None) -> dict[str, Any]:
     """What a training needs (bytes), of how much, whether that fits, and flags with which it would."""
-    from rookery.config.memory import estimate, fits, largest_micro_bsz, remedies
+    from rookery.config.memory import estimate, fits, largest_micro_bsz
+    from rookery.config.remedies import remedies
     from rookery.train.memory import free_memory
 
     # PyTorch would take hold of the GPU only to ask how much of it is free.

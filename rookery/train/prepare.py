@@ -33,12 +33,14 @@ def prepare_run(
     files: RunFiles,
     report: Callable[[str], None],
     ranks: Ranks | None = None,
+    open_data: Callable[..., tuple[Dataset, Dataset | None]] = open_datasets,
 ) -> Preparation:
     """Find everything out; nothing is written.
 
     Args:
         report: told about each file that had to be passed over.
         ranks: those that will train; None: nothing is trained, and what is asked for is believed.
+        open_data: as `open_datasets`; whoever asks again and again may remember what it gave.
 
     Raises:
         UserError: data or weights are missing, or do not fit what was asked for.
@@ -64,7 +66,7 @@ def prepare_run(
         folder = weight_file(start.file).parent
         if load_beside(folder / "vocab") is not None:
             data = data.model_copy(update={"tokenizer": str(folder)})
-    dataset, validation = open_datasets(
+    dataset, validation = open_data(
         data,
         vocab_size=vocab_size,
         seed=max(0, config.run.random_seed),

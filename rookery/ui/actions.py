@@ -55,12 +55,13 @@ def merge(console: Console, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def convert(console: Console, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Start `rookery convert IN -o OUT`; the suffix of OUT says the format."""
+    """Start `rookery convert IN -o OUT`; without ``to``, the ending of OUT says the format."""
     source = console.places.allowed(_text(values, "source"))
     output = _new_file(console, _text(values, "output"))
     words = ["convert", str(source), "-o", str(output)]
-    if dtype := _text(values, "dtype"):
-        words += ["--dtype", dtype]
+    for option in ("to", "dtype"):
+        if given := _text(values, option):
+            words += [f"--{option}", given]
     return console.jobs.start("convert", output.name, words, console.places.first, result=str(output))
 
 

@@ -180,7 +180,8 @@ export function short(value) {
   for (const [size, unit] of [[1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
     if (Math.abs(value) >= size) return `${+(value / size).toPrecision(3)}${unit}`;
   }
-  return String(Math.round(value * 100) / 100);
+  if (value && Math.abs(value) < 1e-3) return value.toExponential(1);
+  return String(+value.toPrecision(3));
 }
 export function bytes(value) {
   if (value == null) return "–";
@@ -199,7 +200,7 @@ export function figure(value, digits = 4) {
   if (value == null || !isFinite(value)) return "–";
   return Math.abs(value) >= 1000 ? short(value) : value.toFixed(Math.abs(value) >= 100 ? 1 : digits);
 }
-export const rate = (value) => (value == null ? "–" : value === 0 ? "0" : value.toExponential(2).replace("e+0", ""));
+export const rate = (value) => (value == null ? "–" : value === 0 || Math.abs(value) >= 1e-2 ? String(+value.toPrecision(3)) : value.toExponential(2));
 export const date = (seconds) =>
   seconds
     ? new Date(seconds * 1000).toLocaleString(locale(), { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hour12: false })

@@ -2,7 +2,7 @@
 import { render } from "preact";
 import { signal } from "@preact/signals";
 import { begin, bytes, connected, hello, html, isActive, language, link, machine, place, runs, setPreference, t, theme } from "./core.js";
-import { Dialogs, Icon, Toasts } from "./widgets.js";
+import { Dialogs, Icon, Said, Toasts } from "./widgets.js";
 import { Train } from "./pages/train.js";
 import { Chat } from "./pages/chat.js";
 import { Runs } from "./pages/runs.js";
@@ -35,7 +35,7 @@ function App() {
     <a class="skip" href="#main" onClick=${(e) => { e.preventDefault(); document.getElementById("main").focus(); }}>${t("To the content")}</a>
     <${Sidebar} page=${page} />
     <main id="main" tabindex="-1">
-      ${!connected.value && html`<div class="banner" role="alert"><${Icon} name="warn" />${t("The console does not answer. Training goes on; start `rookery ui` again to see it.")}</div>`}
+      ${!connected.value && html`<div class="banner" role="alert"><${Icon} name="warn" /><span><${Said} text=${t("The console does not answer. Training goes on; start `rookery ui` again to see it.")} /></span></div>`}
       <${Page} key=${page === "run" ? words.run : page} ...${words} />
     </main>
     <${Dialogs} /><${Toasts} />`;

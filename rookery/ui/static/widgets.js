@@ -37,6 +37,9 @@ export const Card = ({ title, actions, children, ...rest }) => html`
     ${children}
   </section>`;
 
+/** A sentence with commands in it, which stand between backquotes. */
+export const Said = ({ text }) => text.split("`").map((part, at) => (at % 2 ? html`<code>${part}</code>` : part));
+
 export const Empty = ({ title, children }) => html`<div class="empty"><p class="empty-title">${title}</p>${children}</div>`;
 
 const PHASES = {
@@ -106,12 +109,12 @@ export const Code = ({ text, label }) => html`
   </div>`;
 
 /** A field with its label, help and fault. `control` gets the attributes that tie them together. */
-export function Field({ label, name, help, error, wide, control, children }) {
+export function Field({ label, name, help, title, error, wide, control, children }) {
   const id = useId();
   const describedBy = error ? `${id}-e` : help ? `${id}-h` : undefined;
   return html`
     <div class=${`field ${wide ? "wide" : ""} ${error ? "invalid" : ""}`}>
-      <label for=${id}>${label}${name && html` <code class="leaf">${name}</code>`}</label>
+      <label for=${id} title=${title || undefined}>${label}${name && html` <code class="leaf">${name}</code>`}</label>
       ${control({ id, "aria-describedby": describedBy, "aria-invalid": error ? "true" : undefined })}
       ${error ? html`<p class="fault" id=${`${id}-e`}>${error}</p>` : help && html`<p class="help" id=${`${id}-h`}>${help}</p>`}
       ${children}
@@ -189,14 +192,16 @@ const ConfirmDialog = ({ title, children, action, danger, answer }) => html`
     </div>
   </form>`;
 
-/** A small form: `fields` are [name, label, kind, options]; answers with their values. */
-function FormDialog({ title, about, fields, start, action, answer }) {
+/** A small form: `fields` are [name, label, kind, options], or a function that gives them for the values; `put` makes new
+ * values of those before, a name and what was chosen. Answers with the values. */
+function FormDialog({ title, about, fields, start, put: change, action, answer }) {
   const [values, setValues] = useState(start);
-  const put = (name) => (value) => setValues((before) => ({ ...before, [name]: value }));
+  const put = (name) => (value) => setValues((before) => (change ? change(before, name, value) : { ...before, [name]: value }));
+  const shown = typeof fields === "function" ? fields(values) : fields;
   return html`
     <form class="dialog-body" onSubmit=${(e) => { e.preventDefault(); answer(values); }}>
       <h2>${title}</h2>${about && html`<p class="muted">${about}</p>`}
-      ${fields.map(([name, label, kind, options]) =>
+      ${shown.map(([name, label, kind, options]) =>
         kind === "choice" ? html`<${SelectField} label=${label} value=${values[name]} onInput=${put(name)} options=${options} />`
         : kind === "area" ? html`<${AreaField} label=${label} value=${values[name]} onInput=${put(name)} />`
         : html`<${TextField} label=${label} value=${values[name]} onInput=${put(name)} />`)}
@@ -251,7 +256,7 @@ const JOB_STATES = {
 };
 
 /** A command that runs: its progress, its output, its end. */
-export const Job = ({ job, children }) => {
+const Job = ({ job, children }) => {
   const [look, icon, name] = JOB_STATES[job.state];
   const active = job.state === "running" || job.state === "cancelling";
   const newest = job.output.trimEnd().split("\n").pop();
@@ -271,6 +276,15 @@ export const Job = ({ job, children }) => {
     ${job.state === "done" && children}
   </div>`;
 };
+
+/** Commands, newest first: those that run and the newest, the others folded. `children` gives what is shown of
+ * one that is done. */
+export function Jobs({ jobs, children }) {
+  const shown = jobs.filter((job, at) => at === 0 || ["running", "cancelling"].includes(job.state));
+  const others = jobs.filter((job) => !shown.includes(job));
+  const draw = (job) => html`<${Job} key=${job.id} job=${job}>${children(job)}</${Job}>`;
+  return html`${shown.map(draw)}${others.length > 0 && html`<details class="earlier"><summary>${t("{n} earlier", { n: others.length })}</summary>${others.map(draw)}</details>`}`;
+}
 
 /** Progress in percent; null = going on, nobody knows how far. */
 export const Bar = ({ value, label }) => html`

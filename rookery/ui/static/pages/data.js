@@ -2,7 +2,7 @@
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { api, complain, count, go, html, jobs, kept, query, t, toast } from "../core.js";
-import { Card, Empty, Job, PathField, Problem, SelectField, SwitchField, TextField } from "../widgets.js";
+import { Card, Empty, Jobs, PathField, Problem, SelectField, SwitchField, TextField } from "../widgets.js";
 import { change } from "./train.js";
 
 const form = kept("data", { path: "", format: "auto", mask: "auto", template: "world", ctx_len: "1024" });
@@ -44,8 +44,8 @@ export function Data({ path }) {
             <${SwitchField} label=${t("Leave out bad lines")} value=${make.value.skip} onInput=${putMake("skip")} />
             <div class="field wide"><button class="button primary" type="submit" disabled=${!form.value.path.trim()}>${t("Convert")}</button></div>
           </form>
-          ${own.map((job) => html`<${Job} key=${job.id} job=${job}>
-            <div class="row"><button class="button small primary" onClick=${() => { adoptData(job.result); }}>${t("Train on it")}</button><span class="muted path-line">${job.result}</span></div></${Job}>`)}
+          <${Jobs} jobs=${own}>${(job) => html`
+            <div class="row"><button class="button small primary" onClick=${() => { adoptData(job.result); }}>${t("Train on it")}</button><span class="muted path-line">${job.result}</span></div>`}</${Jobs}>
         </${Card}>
       </div>
       <div>
@@ -98,9 +98,9 @@ function Preview({ data }) {
       ${!data.complete && html`<p class="muted">${t("These figures are about the beginning of a large file.")}</p>`}
       <dl class="figures">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
       <${Histogram} bins=${data.histogram} limit=${data.ctx_len} />
-      ${data.left_out > 0 && html`<${Problem} kind="warning" text=${t("{n} documents have nothing that is trained and are left out.", { n: count(data.left_out) })} />`}
-      ${data.thoughts_lost > 0 && html`<${Problem} kind="warning" text=${t("{n} conversations have thoughts that this template leaves out; template g1 keeps them.", { n: count(data.thoughts_lost) })} />`}
-      ${data.fault_count > 0 && html`<${Problem} kind="warning" text=${[t("{n} lines cannot be read:", { n: count(data.fault_count) }), ...data.faults].join("\n")} />`}
+      ${data.left_out > 0 && html`<${Problem} kind="warning" text=${t("Documents in which nothing is trained and which are left out: {n}", { n: count(data.left_out) })} />`}
+      ${data.thoughts_lost > 0 && html`<${Problem} kind="warning" text=${t("Conversations whose thoughts this template leaves out (template g1 keeps them): {n}", { n: count(data.thoughts_lost) })} />`}
+      ${data.fault_count > 0 && html`<${Problem} kind="warning" text=${[t("Lines that cannot be read: {n}", { n: count(data.fault_count) }), ...data.faults].join("\n")} />`}
     </${Card}>
     <${Card} title=${t("Rows")} actions=${html`<span class="row legend"><span><i class="trained"></i>${t("trained")}</span><span><i class="read"></i>${t("only read")}</span></span>`}>
       ${data.rows.map((row) => html`

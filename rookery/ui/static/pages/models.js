@@ -2,7 +2,7 @@
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { api, bytes, complain, date, go, html, jobs, link, runs, short, t, toast } from "../core.js";
-import { Card, Empty, Job, ask, methodName } from "../widgets.js";
+import { Card, Empty, Jobs, ask, methodName } from "../widgets.js";
 
 export const models = signal([]);
 const loading = signal(false);
@@ -24,11 +24,20 @@ export async function needModels(again = false) {
 
 export const modelName = (file) => `${file.folder === "." ? "" : `${file.folder}/`}${file.name}`;
 
+/** Whether `file` was trained on `model`, as its run or the file itself says. */
+function isBase(model, file) {
+  const name = runs.value?.[file.run]?.config.load_model || file.base?.file || "";
+  return Boolean(name) && model.file.endsWith(name.replace(/^\.\//, ""));
+}
+
 /** Models that a state or an adapter can be put on, by their dimensions; the one it was trained on first. */
-function fitting(file) {
-  const trainedOn = runs.value?.[file.run]?.config.load_model || file.base?.file || "";
-  const match = (model) => (trainedOn && model.file.endsWith(trainedOn.replace(/^\.\//, "")) ? 1 : 0);
-  return models.value.filter((model) => model.kind === "model" && fits(model, file)).sort((a, b) => match(b) - match(a));
+const fitting = (file) =>
+  models.value.filter((model) => model.kind === "model" && fits(model, file)).sort((a, b) => isBase(b, file) - isBase(a, file));
+
+function fittingSaid(file, bases) {
+  if (!bases.length) return t("no base model here fits it");
+  if (!isBase(bases[0], file)) return t("fits {names}", { names: bases.slice(0, 3).map(modelName).join(", ") + (bases.length > 3 ? ` +${bases.length - 3}` : "") });
+  return t("trained on {name}", { name: modelName(bases[0]) }) + (bases.length > 1 ? ` · ${t("others of this shape: {n}", { n: bases.length - 1 })}` : "");
 }
 
 function fits(model, file) {
@@ -66,13 +75,14 @@ export function Models() {
   return html`
     <header class="page-head"><h1>${t("Models")}</h1>
       <div class="row"><button class="button" disabled=${loading.value} onClick=${() => needModels(true)}>${loading.value ? t("Looking…") : t("Look again")}</button></div></header>
-    ${finished.length > 0 && html`<${Card} title=${t("Work")}>${finished.map((job) => html`<${Job} key=${job.id} job=${job}><p class="path-line">${job.result}</p></${Job}>`)}</${Card}>`}
+    ${finished.length > 0 && html`<${Card} title=${t("Work")}><${Jobs} jobs=${finished}>${(job) => html`<p class="path-line">${job.result}</p>`}</${Jobs}></${Card}>`}
     ${!models.value.length && !loading.value && html`<${Empty} title=${t("No model files in these folders.")}><p class="muted">${t("Put .pth or .safetensors files there, or add their folder under Settings.")}</p>
       <a class="button primary" href=${link("settings")}>${t("Settings")}</a></${Empty}>`}
     ${!models.value.length && loading.value && html`<p class="muted" aria-busy="true">${t("Reading the headers of the model files…")}</p>`}
     ${KINDS.map(([kind, title]) => {
       const files = models.value.filter((file) => (KINDS.some(([known]) => known === file.kind) ? file.kind : "unknown") === kind);
-      return files.length > 0 && html`<${Card} title=${`${title()} · ${files.length}`}><ul class="model-list">${ofRuns(files).map(([first, ...others]) => html`
+      const groups = ofRuns(files);
+      return files.length > 0 && html`<${Card} title=${`${title()} · ${groups.length}`}><ul class="model-list">${groups.map(([first, ...others]) => html`
         <${ModelRow} key=${first.file} file=${first} />
         ${others.length > 0 && html`<li class="model-more"><details><summary>${t("{n} more files of this run", { n: others.length })}</summary><ul>${others.map((file) => html`<${ModelRow} key=${file.file} file=${file} />`)}</ul></details></li>`}`)}</ul></${Card}>`;
     })}`;
@@ -86,7 +96,7 @@ function ModelRow({ file }) {
       <div class="model-facts">
         ${file.error && html`<span class="fault">${file.error}</span>`}
         ${factsOf(file).map((fact) => html`<span class="chip">${fact}</span>`)}
-        ${(file.kind === "state" || file.kind === "adapter") && html`<p class="muted">${bases.length ? t("fits {names}", { names: bases.slice(0, 3).map(modelName).join(", ") + (bases.length > 3 ? ` +${bases.length - 3}` : "") }) : t("no base model here fits it")}</p>`}
+        ${(file.kind === "state" || file.kind === "adapter") && html`<p class="muted">${fittingSaid(file, bases)}</p>`}
       </div>
       <span class="muted model-date">${date(file.modified)}</span>
       <div class="row model-tools">
@@ -100,11 +110,11 @@ function ModelRow({ file }) {
     </li>`;
 }
 
-function factsOf(file) {
+export function factsOf(file) {
   const size = bytes(file.bytes);
   const dtypes = Object.keys(file.dtypes || {}).join(" + ");
   if (file.kind === "model") {
-    return [`RWKV-${file.version[2]}`, `${short(file.parameters)} ${t("parameters")}`, `L${file.n_layer} D${file.n_embd}`, t("{n} heads of {size}", { n: file.n_head, size: file.head_size }),
+    return [`RWKV-${file.version[2]}`, `${short(file.parameters)} ${t("parameters")}`, `L${file.n_layer} D${file.n_embd}`, t("heads {n} × {size}", { n: file.n_head, size: file.head_size }),
       t("vocabulary {n}", { n: file.vocab_size }), dtypes, size, file.state && t("with a tuned state")].filter(Boolean);
   }
   if (file.kind === "state") return [`L${file.state.layers} H${file.state.shape[0]} N${file.state.shape[1]}`, dtypes, size];
@@ -117,7 +127,7 @@ function factsOf(file) {
 
 async function useAsBase(file) {
   const { useModel } = await import("./train.js");
-  useModel(file.file);
+  useModel(modelName(file));
   go("train");
 }
 
@@ -142,16 +152,46 @@ const mergedName = (base, adapter) => {
   return `${folder}${stem(base).split(/[\\/]/).pop()}-merged.pth`;
 };
 
+// What a file can become: format -> [name, ending, precisions]; "" keeps that of the file.
+const PRECISIONS = ["", "bf16", "fp16", "fp32"];
+const FORMATS = {
+  model: {
+    pth: [".pth (RWKV-LM, Runner)", ".pth", PRECISIONS],
+    safetensors: [".safetensors", ".safetensors", PRECISIONS],
+    st: [".st (Ai00)", ".st", ["fp16"]],
+    gguf: [".gguf (llama.cpp)", ".gguf", [...PRECISIONS, "q8_0"]],
+    hf: ["Hugging Face", "-hf", PRECISIONS],
+  },
+  adapter: {
+    safetensors: [".safetensors (Rookery)", ".safetensors", PRECISIONS],
+    pth: [".pth (RWKV-PEFT)", ".pth", PRECISIONS],
+    hf: ["Hugging Face peft", "-peft", PRECISIONS],
+  },
+  state: {
+    pth: [".pth (RWKV-LM, Runner)", ".pth", PRECISIONS],
+    safetensors: [".safetensors", ".safetensors", PRECISIONS],
+    st: [".state (Ai00)", ".state", ["fp16"]],
+    rwkv: ["rwkv (pip)", "-rwkv.pth", PRECISIONS],
+  },
+};
+
 async function convertDialog(file) {
-  const target = /\.pth$/i.test(file.file) ? "safetensors" : "pth";
+  const formats = FORMATS[file.kind];
+  const named = (format) => {
+    const name = `${stem(modelName(file))}${formats[format][1]}`;
+    return name === modelName(file) ? `${stem(name)}-converted${formats[format][1]}` : name;
+  };
+  const first = Object.keys(formats).find((format) => !file.name.toLowerCase().endsWith(formats[format][1]));
   const values = await ask({
     title: t("Convert {name}", { name: file.name }),
-    about: t("The ending of the name says the format: .pth, .safetensors, .st (Ai00), .gguf, or a folder for Hugging Face."),
-    fields: [
-      ["output", t("File to write"), "text"],
-      ["dtype", t("Precision"), "choice", [["", t("as in the file")], ["bf16", "bf16"], ["fp16", "fp16"], ["fp32", "fp32"]]],
+    about: file.kind === "model" ? t("GGUF and Hugging Face carry the vocabulary, which is looked for beside the model.") : "",
+    fields: (now) => [
+      ["to", t("Format"), "choice", Object.entries(formats).map(([format, [name]]) => [format, name])],
+      ["output", now.to === "hf" ? t("Folder to write") : t("File to write"), "text"],
+      ["dtype", t("Precision"), "choice", formats[now.to][2].map((name) => [name, name || t("as in the file")])],
     ],
-    start: { output: `${stem(file.file)}.${target}`, dtype: "" },
+    start: { to: first, output: named(first), dtype: formats[first][2][0] },
+    put: (before, name, value) => (name === "to" ? { to: value, output: named(value), dtype: formats[value][2][0] } : { ...before, [name]: value }),
     action: t("Convert"),
   });
   if (values) await run("models/convert", { ...values, source: file.file });

@@ -171,7 +171,7 @@ function Curves({ run, series, zoom, setZoom }) {
           <label class="tick" title=${t("Draw the axis without the few values that would flatten the curve")}><input type="checkbox" checked=${clip} onChange=${(e) => put({ clip: e.currentTarget.checked })} />${t("Clip outliers")}</label>
         </div>
       </div>
-      <${Chart} title=${t("Loss")} value=${figure(smoothed.at(-1))} x=${steps} series=${loss} zoom=${zoom} onZoom=${setZoom} height=${300} log=${log} range=${range} format=${(v) => figure(v, 4)} />
+      <${Chart} title=${t("Loss")} value=${`${t("smoothed")} ${figure(smoothed.at(-1))}`} x=${steps} series=${loss} zoom=${zoom} onZoom=${setZoom} height=${300} log=${log} range=${range} format=${(v) => figure(v, 4)} />
       <div class="row between zoom-tools">
         <span class="muted">${zoom ? t("Steps {a} to {b}", { a: count(zoom[0]), b: count(zoom[1]) }) : t("Drag over a chart to zoom; double-click shows all.")}</span>
         <span class="row">

@@ -111,7 +111,10 @@ function overlay(ready, paths, found, smoothing, clip) {
   return { x: steps, series, range: clip ? withoutOutliers(series.flatMap((one) => one.data)) : null };
 }
 
+// Two runs always differ in these.
+const NAMES = ["run_name", "proj_dir"];
+
 function differences(configs) {
   const leaves = [...new Set(configs.flatMap(Object.keys))];
-  return leaves.filter((leaf) => leaf !== "run_name" && new Set(configs.map((config) => config[leaf] ?? "")).size > 1);
+  return leaves.filter((leaf) => !NAMES.includes(leaf) && new Set(configs.map((config) => config[leaf] ?? "")).size > 1);
 }

@@ -2,7 +2,7 @@
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { api, bytes, complain, fileName, html, kept, machine, runs, servers, t, toast } from "../core.js";
-import { Card, Choice, Code, Empty, Icon, PathField, Problem, TextField } from "../widgets.js";
+import { Card, Choice, Code, Empty, Icon, PathField, Problem, Said, TextField } from "../widgets.js";
 import { models, modelName, needModels } from "./models.js";
 
 const form = kept("serve", { model: "", adapter: "", state: "", port: "8000" });
@@ -26,16 +26,16 @@ export function Serve() {
       <${Card} title=${t("Start an API")}>
         <p class="muted">${t("Any program that speaks to OpenAI can speak to your model.")}</p>
         <form class="fields" onSubmit=${(e) => { e.preventDefault(); startServer(); }}>
-          <${PathField} wide label=${t("Model or run")} kind="model" value=${values.model} onInput=${put("model")} options=${talkers()} />
+          <${PathField} wide label=${t("Model or run")} kind="model" value=${values.model} onInput=${put("model")} options=${talkers()} placeholder=${t("choose one")} />
           <${PathField} wide label=${t("Adapter")} kind="model" value=${values.adapter} onInput=${put("adapter")} options=${filesOf("adapter")} placeholder=${t("none")} />
           <${PathField} wide label=${t("State")} kind="model" value=${values.state} onInput=${put("state")} options=${filesOf("state")} placeholder=${t("none")} />
           <${TextField} label=${t("Port")} number value=${values.port} onInput=${put("port")} help=${t("on this machine only")} />
-          <div class="field"><button class="button primary" type="submit" disabled=${!values.model.trim()}><${Icon} name="play" filled />${t("Start")}</button></div>
+          <div class="field wide"><button class="button primary" type="submit" disabled=${!values.model.trim()}><${Icon} name="play" filled />${t("Start")}</button></div>
         </form>
       </${Card}>
       <div>
         ${servers.value.length ? servers.value.map((server) => html`<${Server} key=${server.id} server=${server} />`)
-          : html`<${Empty} title=${t("No API runs.")}><p class="muted">${t("APIs that this console started end with it; start `rookery serve` in a terminal for one that stays.")}</p></${Empty}>`}
+          : html`<${Empty} title=${t("No API runs.")}><p class="muted"><${Said} text=${t("APIs that this console started end with it; start `rookery serve` in a terminal for one that stays.")} /></p></${Empty}>`}
       </div>
     </div>`;
 }

@@ -2,8 +2,8 @@
 import { effect, signal, untracked } from "@preact/signals";
 import { useEffect } from "preact/hooks";
 import { api, bytes, complain, count, duration, fileName, go, hello, html, isActive, kept, language, link, runs, short, t, toast } from "../core.js";
-import { Card, Choice, Code, Icon, PathField, Problem, SelectField, SwitchField, TextField, ask } from "../widgets.js";
-import { models, modelName, needModels, mergeDialog } from "./models.js";
+import { Card, Choice, Code, Icon, PathField, Problem, Said, SelectField, SwitchField, TextField, ask } from "../widgets.js";
+import { factsOf, models, modelName, needModels, mergeDialog } from "./models.js";
 
 // What a person typed: setting -> text. The rest are the method's defaults. Kept through reloads.
 const touched = kept("form", {});
@@ -13,7 +13,13 @@ const starting = signal(false);
 const filter = signal("");
 
 const PRECISION_HERE = () => (hello.value.machine.gpus.length ? {} : { precision: "" });
-const start = (leaf) => ({ ...hello.value.form.defaults[method.value], ...PRECISION_HERE() })[leaf] ?? "";
+// As in RWKV Runner, the first base model that is found stands in the form.
+const firstModel = () => {
+  const found = models.value.find((file) => file.kind === "model" && !file.run);
+  return found && modelName(found);
+};
+const MODEL_HERE = () => (method.value !== "pretrain" && firstModel() ? { load_model: firstModel() } : {});
+const start = (leaf) => ({ ...hello.value.form.defaults[method.value], ...PRECISION_HERE(), ...MODEL_HERE() })[leaf] ?? "";
 const text = (leaf) => touched.value[leaf] ?? start(leaf);
 const put = (leaf) => (value) => {
   const written = typeof value === "boolean" ? (value ? "1" : "0") : value;
@@ -77,31 +83,41 @@ function missing() {
   return "";
 }
 
-// Whenever the form has changed and rests for a moment, the server says what the run would be.
+// Whenever the form has changed and rests for a moment, the server says what the run would be: one question at a time,
+// since large data may be long in the reading.
 let waiting = 0;
-let asked = 0;
+let wanted = "";
+let round = 0;
+let asking = false;
 let shownPage = false;
 effect(() => {
   if (!hello.value) return;
-  const wanted = JSON.stringify(values());
-  const lacks = missing();
+  wanted = missing() ? "" : JSON.stringify(values());
   void language.value;
+  round++;
   clearTimeout(waiting);
   if (!shownPage) return;
   untracked(() => {
-    const number = ++asked;
-    if (lacks) { check.value = { state: "missing" }; return; }
-    check.value = { ...check.value, state: "asking" };
-    waiting = setTimeout(async () => {
-      try {
-        const found = await api("train/check", JSON.parse(wanted));
-        if (number === asked) check.value = { state: "known", ...found };
-      } catch (error) {
-        if (number === asked) check.value = { state: "known", error: error.message, failure: error.failure, fields: {} };
-      }
-    }, 450);
+    check.value = wanted ? { ...check.value, state: "asking" } : { state: "missing" };
+    if (wanted && !asking) waiting = setTimeout(inquire, 450);
   });
 });
+
+async function inquire() {
+  asking = true;
+  let mine;
+  let found;
+  do {
+    mine = round;
+    try {
+      found = await api("train/check", JSON.parse(wanted));
+    } catch (error) {
+      found = { error: error.message, failure: error.failure, fields: {} };
+    }
+  } while (wanted && round !== mine && shownPage);
+  asking = false;
+  if (wanted) check.value = { state: "known", ...found };
+}
 
 export function Train() {
   useEffect(() => {
@@ -161,8 +177,11 @@ export function Train() {
     </div>`;
 }
 
-const choices = (kind) => models.value.filter((file) => file.kind === kind).map((file) => [file.file, modelName(file)]);
+const choices = (kind) => models.value.filter((file) => file.kind === kind).map((file) => [modelName(file), factsOf(file).slice(0, 3).join(" · ")]);
 const fault = (leaf) => check.value.fields?.[leaf];
+
+/** Open fields whose name and default do not say enough; the others tell when the pointer rests on them. */
+const EXPLAINED = ["tokenizer", "val_split"];
 
 /** One setting, drawn by what the configuration tree says of it. */
 function Setting({ leaf, plain }) {
@@ -170,7 +189,8 @@ function Setting({ leaf, plain }) {
   const words = {
     label: plain ? html`<code>${leaf}</code>` : t(field.label || leaf),
     name: plain ? "" : leaf,
-    help: plain ? t(field.help) : "",
+    help: plain || EXPLAINED.includes(leaf) ? t(field.help) : "",
+    title: plain ? "" : t(field.help),
     error: fault(leaf),
   };
   const found = check.value.values?.[leaf];
@@ -202,7 +222,7 @@ function Advanced() {
       <summary><h2>${t("Advanced")}</h2><span class="muted">${changed ? t("{n} changed", { n: changed }) : t("every other setting")}</span></summary>
       <input type="search" class="search" placeholder=${t("Find a setting")} aria-label=${t("Find a setting")} value=${filter.value} onInput=${(e) => { filter.value = e.currentTarget.value; }} />
       ${form.sections.map((section) => [section, section.leaves.filter(fits)]).filter(([, leaves]) => leaves.length).map(([section, leaves]) => html`
-        <fieldset key=${section.name}><legend><code>[${section.name}]</code> ${t(section.about)}</legend>
+        <fieldset key=${section.name}><legend><code>[${section.name}]</code> <${Said} text=${t(section.about)} /></legend>
           <div class="fields two">${leaves.map((leaf) => html`<${Setting} key=${leaf} leaf=${leaf} plain />`)}</div></fieldset>`)}
     </details>`;
 }
@@ -247,20 +267,19 @@ function Readiness() {
 
 const Check = ({ ok, name, children }) => html`<li class=${ok ? "ok" : "open"}><${Icon} name=${ok ? "check" : "info"} /><span><b>${name}</b> ${children}</span></li>`;
 
-function dataFacts({ values: found, origins, data }) {
+function dataFacts({ values: found, data }) {
   const path = text("data_file").trim();
   if (!path) return t("none chosen");
   if (!found) return fileName(path);
-  const tokens = data?.tokens ?? found.my_exit_tokens;
   const type = found.data_type === "binidx" ? t("converted") : t("text, read when the run starts");
-  return `${fileName(path)}: ${[tokens ? t("{n} tokens", { n: count(tokens) }) : "", data?.documents ? t("{n} documents", { n: count(data.documents) }) : "", type].filter(Boolean).join(", ")}`;
+  return `${fileName(path)}: ${[t("{n} tokens", { n: count(data.tokens) }), data.documents ? t("{n} documents", { n: count(data.documents) }) : "", type].filter(Boolean).join(", ")}`;
 }
 
-function modelFacts({ values: found, error }) {
+function modelFacts({ values: found }) {
   const path = text("load_model").trim();
   if (method.value !== "pretrain" && !path) return t("none chosen");
   const name = method.value === "pretrain" ? t("new") : fileName(path);
-  if (!found) return error ? name : name;
+  if (!found) return name;
   return `${name}: RWKV-${found.version.slice(2, 3)} (${found.version}), ${t("{n} layers", { n: found.n_layer })}, ${t("width {n}", { n: found.n_embd })}, ${t("vocabulary {n}", { n: found.vocab_size })}, ${found.precision}`;
 }
 
@@ -269,12 +288,14 @@ function steps(found) {
   const each = batch * found.ctx_len;
   const all = Math.ceil(Math.abs(found.my_exit_tokens || 0) / each);
   const counted = (found.epoch_count || 0) * (found.epoch_steps || 0);
-  return { each, total: counted && all ? Math.min(all, counted) : all || counted };
+  return { batch, each, total: counted && all ? Math.min(all, counted) : all || counted };
 }
 
-function lengthFacts({ values: found }) {
-  const { each, total } = steps(found);
-  return t("{steps} steps of {each} tokens: {all} tokens", { steps: count(total), each: count(each), all: short(total * each) });
+function lengthFacts({ values: found, data }) {
+  const { batch, each, total } = steps(found);
+  const passes = (total * batch) / data.samples;
+  return `${t("{steps} steps of {each} tokens: {all} tokens", { steps: count(total), each: count(each), all: short(total * each) })}${
+    passes >= 0.01 ? `, ${t("{n} times the data", { n: passes < 10 ? +passes.toPrecision(2) : count(passes) })}` : ""}`;
 }
 
 /** Change the form as "--micro_bsz 4 --grad_cp 1" says. */
