@@ -4,7 +4,7 @@ from rookery.config.origin import Origin, Origins, origins_of
 from rookery.config.parse import Parsed, parse
 from rookery.config.resolve import Resolved, resolve, with_custom
 from rookery.config.tree import TrainConfig
-from rookery.config.write import Difference, differences, to_toml
+from rookery.config.write import Difference, differences, samples_of_step, to_toml
 
 __all__ = [
     "Difference",
@@ -17,6 +17,7 @@ __all__ = [
     "origins_of",
     "parse",
     "resolve",
+    "samples_of_step",
     "to_toml",
     "with_custom",
 ]

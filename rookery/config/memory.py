@@ -92,6 +92,7 @@ class Plan:
     devices: int = 1
     """Of all machines together."""
     strategy: str = "single"
+    context_parallel: int = 1
 
     @classmethod
     def of(cls, config: TrainConfig) -> Plan:
@@ -126,6 +127,7 @@ class Plan:
             kernel=run.kernel,
             devices=config.device.devices * config.device.num_nodes,
             strategy=config.device.strategy,
+            context_parallel=config.device.context_parallel,
         )
 
     @property
@@ -136,7 +138,7 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens whose activations are in memory together."""
-        return self.micro_bsz * (self.chunk_ctx or self.ctx_len)
+        return -(-self.micro_bsz * (self.chunk_ctx or self.ctx_len) // self.context_parallel)
 
     def sharing(self, what: Literal["weights", "gradients", "optimiser"]) -> int:
         """Devices that share it out among them; of an adapter's training, only the frozen weights."""
@@ -347,16 +349,16 @@ def _head(plan: Plan) -> int:
     return max(one_chunk, matrix * (10 if half else 8))
 
 
-def largest_micro_bsz(plan: Plan, free: int, *, whole_epochs: bool = False, devices: int = 1) -> int:
+def largest_micro_bsz(plan: Plan, free: int, *, whole_epochs: bool = False, groups: int = 1) -> int:
     """The largest `micro_bsz` that fits into `free` bytes; 0 if not even 1 does.
 
     Args:
         whole_epochs: only sizes with which a number of optimiser steps makes up the 40320 samples of a mini-epoch, as
             they must when `epoch_steps` is not given.
-        devices: of all machines.
+        groups: devices of all machines, or groups of them that share samples.
     """
-    per_sample = plan.accumulate_grad_batches * devices
-    most = max(1, MOST_TOKENS[plan.accelerator] // (plan.chunk_ctx or plan.ctx_len))
+    per_sample = plan.accumulate_grad_batches * groups
+    most = max(1, MOST_TOKENS[plan.accelerator] * plan.context_parallel // (plan.chunk_ctx or plan.ctx_len))
     for micro_bsz in range(most, 0, -1):
         if whole_epochs and rules.MINI_EPOCH % (micro_bsz * per_sample):
             continue

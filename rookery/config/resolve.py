@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rookery.config import rules
 from rookery.config.memory import Plan, gib, largest_micro_bsz
 from rookery.config.origin import Origin, Origins, origins_of
-from rookery.config.tree import SECTION_OF, TrainConfig, choices, get
+from rookery.config.tree import SECTION_OF, DeviceSection, TrainConfig, choices, get
 from rookery.errors import UserError
 from rookery.i18n import _
 
@@ -143,6 +143,7 @@ class _Resolver:
             self.fill("strategy", "single", Origin("rule", _("one device")))
         self.fill_open("strategy", "ddp", Origin("rule", _("several devices")), open_value="auto")
         self._check_strategy(world)
+        self._check_context_parallel(world)
         self.fill_open("random_seed", 0, Origin("rule", _("a run can be repeated")), open_value=-1)
 
     def _check_strategy(self, world: int) -> None:
@@ -159,6 +160,31 @@ class _Resolver:
                     strategy=strategy,
                 )
             )
+
+    def _check_context_parallel(self, world: int) -> None:
+        size = self.values["context_parallel"]
+        if size == 1:
+            return
+        if world % size:
+            raise UserError(
+                _(
+                    "context_parallel {size}: each sample is shared by {size} devices, and there are {devices}; make "
+                    "devices a multiple of it (--devices {size}), or take --context_parallel 1",
+                    size=size,
+                    devices=world,
+                )
+            )
+        if self.values["train_type"] == "infctx":
+            raise UserError(
+                _(
+                    "context_parallel and train_type infctx both cut samples into parts, and cannot be combined: leave "
+                    "out one of them"
+                )
+            )
+
+    def _groups(self) -> int:
+        """Devices, or groups of them that share samples."""
+        return DeviceSection(**{leaf: self.values[leaf] for leaf in DeviceSection.model_fields}).groups
 
     def data(self, facts: Mapping[str, Any]) -> None:
         origin = Origin("data", str(facts["file"]))
@@ -282,6 +308,15 @@ class _Resolver:
                     ctx_len=values["ctx_len"],
                 )
             )
+        for leaf in PART_LEAVES if values["context_parallel"] > 1 else ():
+            if values[leaf]:
+                raise UserError(
+                    _(
+                        "a model with {leaf} looks at whole samples, which context_parallel cuts into parts: take "
+                        "--context_parallel 1",
+                        leaf=leaf,
+                    )
+                )
         if values["version"] != "x070":
             return
         for leaf in PART_LEAVES:
@@ -357,22 +392,22 @@ class _Resolver:
         if free is None:
             raise UserError(_("micro_bsz 0 (auto) needs a device whose free memory is known: give a number"))
         documents = data_facts is not None and data_facts["sampler"] in DOCUMENT_SAMPLERS
-        devices = values["devices"] * values["num_nodes"]
+        groups = self._groups()
         found = largest_micro_bsz(
             Plan.of(TrainConfig(**values)),
             free,
             whole_epochs=values["epoch_steps"] is None and not documents,
-            devices=devices,
+            groups=groups,
         )
         if data_facts is not None and documents:
             # More would read documents several times in one step.
-            found = min(found, data_facts["samples"] // (devices * values["accumulate_grad_batches"]))
+            found = min(found, data_facts["samples"] // (groups * values["accumulate_grad_batches"]))
         self.fill("micro_bsz", max(1, found), Origin("device", _("{free} of memory free", free=gib(free))))
 
     def length(self, data_facts: Mapping[str, Any] | None) -> None:
         """Steps, mini-epochs and tokens of the run."""
         values = self.values
-        batch = values["micro_bsz"] * values["accumulate_grad_batches"] * values["devices"] * values["num_nodes"]
+        batch = values["micro_bsz"] * values["accumulate_grad_batches"] * self._groups()
         if data_facts is not None and data_facts["sampler"] in DOCUMENT_SAMPLERS and batch > data_facts["samples"]:
             self.notes.append(
                 _(

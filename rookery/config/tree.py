@@ -252,7 +252,15 @@ class DeviceSection(Section):
     devices: int = Field(1, ge=1, description="Devices of one machine")
     num_nodes: int = Field(1, ge=1, description="Machines")
     strategy: Strategy = Field("auto", description="How several devices share the work; one device needs none")
+    context_parallel: int = Field(
+        1, ge=1, description="Devices that share each sample, every one its part of the tokens; for long ctx_len"
+    )
     ds_bucket_mb: int = Field(200, ge=1, description="Millions of elements that DeepSpeed exchanges at a time")
+
+    @property
+    def groups(self) -> int:
+        """Groups of devices that share samples; without `context_parallel`, devices."""
+        return self.devices * self.num_nodes // self.context_parallel
 
 
 class LogSection(Section):

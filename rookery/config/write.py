@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, NamedTuple
 
 from rookery.config.origin import Origins
@@ -39,8 +38,13 @@ else would make the losses that follow other than those of the uninterrupted run
 rates, since the schedule behind the steps already done would change.
 """
 
-_BATCH_LEAVES = ("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes")
-"""Only their product matters: the samples of one optimiser step."""
+_BATCH_LEAVES = ("micro_bsz", "accumulate_grad_batches", "devices", "num_nodes", "context_parallel")
+"""Only what they make together matters: the samples of one optimiser step."""
+
+
+def samples_of_step(config: TrainConfig) -> int:
+    """Samples of one optimiser step."""
+    return config.run.micro_bsz * config.run.accumulate_grad_batches * config.device.groups
 
 
 class Difference(NamedTuple):
@@ -58,9 +62,7 @@ def differences(before: TrainConfig, after: TrainConfig) -> list[Difference]:
     """
     if before.run.train_stage == 1:
         return []
-    same_batch = math.prod(get(before, leaf) for leaf in _BATCH_LEAVES) == math.prod(
-        get(after, leaf) for leaf in _BATCH_LEAVES
-    )
+    same_batch = samples_of_step(before) == samples_of_step(after)
     ignored = MAY_CHANGE | (set(_BATCH_LEAVES) if same_batch else set())
     return [
         Difference(leaf, get(before, leaf), get(after, leaf))

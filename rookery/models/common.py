@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rookery.models.offload import InputOnHost
 from rookery.models.shape import ModelShape
 from rookery.models.state import State
 from rookery.ops import head_loss
+from rookery.ops.context import Before, Passage, exchange
 from rookery.ops.linear import Linear
 from rookery.ops.packed import Packing, last, pack
 
-LayerState = tuple[Tensor, Tensor, Tensor]
+LayerState = tuple[Before, Before, Before]
 """State of one layer: att_shift (B, C), wkv (B, H, N, N), ffn_shift (B, C)."""
 
 
@@ -92,6 +95,7 @@ class LanguageModel(nn.Module):
         self.kernel = kernel
         self.dropout = dropout
         self.grad_cp = False
+        self.offload_activations = False
         self.emb = Embedding(shape.vocab_size, shape.n_embd)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # no element type
             Block(time_mix(shape, layer), channel_mix(shape, layer), shape, layer, dropout)
@@ -108,7 +112,7 @@ class LanguageModel(nn.Module):
         return self.head(x), state
 
     def hidden(
-        self, tokens: Tensor, state: State | None = None, *, lengths: Tensor | None = None
+        self, tokens: Tensor, state: State | Passage | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Everything before the head: (B, T, C) after the last LayerNorm, and the state after the last token of each
         sequence."""
@@ -116,15 +120,15 @@ class LanguageModel(nn.Module):
         if lengths is not None:
             tokens, packing = pack(tokens, lengths)
         x, carried = self.embed(tokens)
-        if state is None:
-            state = self.initial_state(len(tokens if packing is None else packing), x)
+        begins = state if isinstance(state, State) else self.initial_state(len(packing or tokens), x)
+        layers = state.begin(*begins.tensors) if isinstance(state, Passage) else zip(*begins.tensors, strict=True)
         states = []
-        for layer, block in enumerate(self.blocks):
-            before = (state.att_shift[layer], state.wkv[layer], state.ffn_shift[layer])
+        for block, before in zip(self.blocks, layers, strict=True):
             if self.grad_cp and self.training:
-                x, after, *carried = checkpoint(
-                    block, x, before, self.kernel, *carried, packing=packing, use_reentrant=False
-                )
+                with InputOnHost(x) if self.offload_activations else nullcontext():
+                    x, after, *carried = checkpoint(
+                        block, x, before, self.kernel, *carried, packing=packing, use_reentrant=False
+                    )
             else:
                 x, after, *carried = block(x, before, self.kernel, *carried, packing=packing)
             states.append(after)
@@ -135,7 +139,7 @@ class LanguageModel(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor,
-        state: State | None = None,
+        state: State | Passage | None = None,
         *,
         lengths: Tensor | None = None,
         trained: int | None = None,
@@ -146,10 +150,11 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens, targets: (B, T), int64.
+            state: before the first token of each sequence; it may come from another rank.
             trained, l2wrap, chunk: as in `rookery.ops.head_loss`.
         """
-        x, state = self.hidden(tokens, state, lengths=lengths)
-        return head_loss(x, self.head.weight, targets, trained=trained, chunk=chunk, l2wrap=l2wrap), state
+        x, after = self.hidden(tokens, state, lengths=lengths)
+        return head_loss(x, self.head.weight, targets, trained=trained, chunk=chunk, l2wrap=l2wrap), after
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What enters the first block, (B, T, C), and what blocks carry on beside it."""
@@ -199,11 +204,15 @@ class Block(nn.Module):
         mixing carries to the next block (the first values, in RWKV-7)."""
         att_shift, wkv, ffn_shift = before
         att_in = self.ln1(x)
+        att_last = last(att_in, packing)
+        att_shift = exchange(att_shift, att_last)
         y, wkv, *carried_on = self.att(att_in, att_shift, wkv, kernel, *carried, packing=packing)
         x = F.dropout(x + y, self.dropout, self.training)
         ffn_in = self.ln2(x)
+        ffn_last = last(ffn_in, packing)
+        ffn_shift = exchange(ffn_shift, ffn_last)
         x = F.dropout(x + self.ffn(ffn_in, ffn_shift, kernel, packing=packing), self.dropout, self.training)
-        return x, (last(att_in, packing), wkv, last(ffn_in, packing)), *carried_on
+        return x, (att_last, wkv, ffn_last), *carried_on
 
     def initialise(self, generator: torch.Generator) -> None:
         for norm in (m for m in self.children() if isinstance(m, nn.LayerNorm)):

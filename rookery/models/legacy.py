@@ -21,6 +21,7 @@ from rookery.models.rwkv5 import RWKV5
 from rookery.models.rwkv6 import RWKV6
 from rookery.models.shape import ModelShape
 from rookery.models.state import State
+from rookery.ops.context import Passage
 from rookery.ops.head_loss import logits_loss
 from rookery.ops.linear import Linear
 from rookery.ops.packed import Packing, last
@@ -131,20 +132,21 @@ class Legacy(LanguageModel):
         self,
         tokens: Tensor,
         targets: Tensor,
-        state: State | None = None,
+        state: State | Passage | None = None,
         *,
         lengths: Tensor | None = None,
         trained: int | None = None,
         l2wrap: bool = True,
         chunk: int = 0,
     ) -> tuple[Tensor, State]:
+        assert not isinstance(state, Passage), "context_parallel is refused with these parts"
         if not self.shape.parts.head_qk:
             return super().loss(tokens, targets, state, lengths=lengths, trained=trained, l2wrap=l2wrap, chunk=chunk)
-        logits, state = self(tokens, state, lengths=lengths)
-        return logits_loss(logits, targets, l2wrap=l2wrap), state
+        logits, after = self(tokens, state, lengths=lengths)
+        return logits_loss(logits, targets, l2wrap=l2wrap), after
 
     def hidden(
-        self, tokens: Tensor, state: State | None = None, *, lengths: Tensor | None = None
+        self, tokens: Tensor, state: State | Passage | None = None, *, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
         parts = self.shape.parts
         if parts.head_qk or parts.tiny_att_dim or parts.my_pos_emb:

@@ -20,6 +20,7 @@ from rookery.models.common import (
 )
 from rookery.models.shape import ModelShape
 from rookery.ops import relu_square, token_shift, wkv5
+from rookery.ops.context import Before, through
 from rookery.ops.linear import Linear
 from rookery.ops.packed import Packing
 
@@ -51,7 +52,7 @@ class TimeMix(TimeMixing):
         self.ln_x = nn.GroupNorm(H, A, eps=shape.group_norm_eps)
 
     def forward(
-        self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str, *, packing: Packing | None = None
+        self, x: Tensor, shift: Tensor, wkv: Before, kernel: str, *, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         heads = (B, T, *self.time_faaaa.shape)
@@ -60,7 +61,9 @@ class TimeMix(TimeMixing):
         xr, xk, xv, xg = token_shift(x, shift, *mixes, kernel=kernel, packing=packing)
         r, k, v = self.receptance(xr).view(heads), self.key(xk).view(heads), self.value(xv).view(heads)
         g = F.silu(self.gate(xg))
-        y, wkv = wkv5(r, self.time_decay, k, v, self.time_faaaa, wkv, backend=kernel, packing=packing)
+        y, wkv = through(
+            wkv, lambda state: wkv5(r, self.time_decay, k, v, self.time_faaaa, state, backend=kernel, packing=packing)
+        )
         y = self.ln_x(y.view(B * T, -1)).view(B, T, -1)
         return self.output(y * g), wkv
 

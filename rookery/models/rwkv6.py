@@ -21,6 +21,7 @@ from rookery.models.common import (
 from rookery.models.rwkv5 import initial_bonus, initial_decay
 from rookery.models.shape import ModelShape
 from rookery.ops import linear, relu_square, token_shift, wkv6
+from rookery.ops.context import Before, through
 from rookery.ops.linear import Linear
 from rookery.ops.packed import Packing, previous
 
@@ -56,7 +57,7 @@ class TimeMix(TimeMixing):
         self.ln_x = nn.GroupNorm(H, A, eps=shape.group_norm_eps)
 
     def forward(
-        self, x: Tensor, shift: Tensor, wkv: Tensor, kernel: str, *, packing: Packing | None = None
+        self, x: Tensor, shift: Tensor, wkv: Before, kernel: str, *, packing: Packing | None = None
     ) -> tuple[Tensor, Tensor]:
         B, T, _ = x.shape
         heads = (B, T, *self.time_faaaa.shape)
@@ -71,7 +72,9 @@ class TimeMix(TimeMixing):
         xw = torch.addcmul(x, difference, self.time_maa_w + of_w)
         w = self.time_decay + linear(torch.tanh(linear(xw, self.time_decay_w1.T)), self.time_decay_w2.T)
 
-        y, wkv = wkv6(r, w.view(heads), k, v, self.time_faaaa, wkv, backend=kernel, packing=packing)
+        y, wkv = through(
+            wkv, lambda state: wkv6(r, w.view(heads), k, v, self.time_faaaa, state, backend=kernel, packing=packing)
+        )
         y = self.ln_x(y.view(B * T, -1)).view(B, T, -1)
         return self.output(y * g), wkv
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from rookery.train.context import WHOLE, Context
 from rookery.train.loop import Batch
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
@@ -31,18 +32,19 @@ def batches(
     micro_bsz: int,
     device: torch.device,
     *,
-    rank: int = 0,
-    world_size: int = 1,
+    context: Context = WHOLE,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Batches without end; sample i of this rank is `first_sample + i * world_size + rank`.
+    """Batches without end; sample i of this rank, or of the ranks that share one, is `first_sample + i * groups +
+    group`.
 
     Args:
         open_samples: opens the data; called once in each process that reads, so it must be picklable for workers.
         first_sample: samples that all ranks together have read before.
+        context: says which group this rank is in, of how many, and which part it reads.
         num_workers: processes that read ahead; 0 = read here when a batch is wanted.
     """
-    groups = _groups(count(first_sample + rank, world_size), micro_bsz)
+    groups = _groups(count(first_sample + context.group, context.groups), micro_bsz)
     read: Iterator[Arrays]
     if num_workers:
         loader: Any = DataLoader  # its types know only data sets with a length
@@ -60,18 +62,19 @@ def batches(
         )
     else:
         read = map(open_samples().batch, groups)
-    for first, arrays in zip(count(first_sample, micro_bsz * world_size), read, strict=False):
-        yield to_device(arrays, first, device)
+    for first, arrays in zip(count(first_sample, micro_bsz * context.groups), read, strict=False):
+        yield to_device(arrays, first, device, context)
 
 
-def to_device(arrays: Arrays, first_sample: int, device: torch.device) -> Batch:
-    """What `Samples.batch` gave as a batch on `device`; a GPU's copy is not waited for."""
-    tokens, targets, lengths = arrays
+def to_device(arrays: Arrays, first_sample: int, device: torch.device, context: Context = WHOLE) -> Batch:
+    """This rank's part of what `Samples.batch` gave as a batch on `device`; a GPU's copy is not waited for."""
+    tokens, targets, lengths, arrives, leaves = context.part(*arrays)
     trained = int((targets != -100).sum())
     x, y = (torch.from_numpy(array) for array in (tokens, targets))
     if device.type == "cuda":
         x, y = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (x, y))
-    return Batch(x, y, trained, first_sample, None if lengths is None else torch.from_numpy(lengths))
+    packed = None if lengths is None else torch.from_numpy(lengths)
+    return Batch(x, y, trained, first_sample, packed, arrives, leaves)
 
 
 def _groups(numbers: Iterator[int], size: int) -> Iterator[list[int]]:

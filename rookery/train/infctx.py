@@ -84,13 +84,13 @@ def _cut(batch: Batch, size: int) -> list[_Chunk]:
     lengths: Sequence[Tensor | None] = [None] * len(xs)
     continues = [False] + [True] * (len(xs) - 1)
     if batch.lengths is not None:
-        lengths, continues = _cut_lengths(batch.lengths, size)
+        lengths, continues = cut_lengths(batch.lengths, size)
     return list(map(_Chunk, xs, ys, trained, lengths, continues))
 
 
-def _cut_lengths(lengths: Tensor, size: int) -> tuple[Sequence[Tensor], list[bool]]:
-    """The lengths of the pieces in each chunk of `size` tokens, and whether its first piece goes on from the chunk
-    before."""
+def cut_lengths(lengths: Tensor, size: int) -> tuple[Sequence[Tensor], list[bool]]:
+    """Cut sequences that lie one after another: the lengths of the pieces in each chunk of `size` tokens, and whether
+    its first piece goes on from the chunk before."""
     ends = lengths.cumsum(0)
     borders = torch.arange(1, -(-int(ends[-1]) // size)) * size
     continues = [False, *(~torch.isin(borders, ends)).tolist()]

@@ -26,6 +26,10 @@ class Batch:
     """Index of the first sample, counted over the whole training."""
     lengths: Tensor | None = None
     """(S,) int64 on the CPU: of the sequences packed one after another into the rows; None = each row is one."""
+    arrives: bool = False
+    """Whether the first sequence goes on from another rank, which has the tokens before."""
+    leaves: bool = False
+    """Whether the last sequence goes on at another rank."""
 
 
 class Part(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rookery.config import Origins, Resolved, TrainConfig, differences, parse, to_toml
+from rookery.config import Origins, Resolved, TrainConfig, differences, parse, samples_of_step, to_toml
 from rookery.config.launcher import find_place
 from rookery.config.memory import Plan, advice
 from rookery.config.tree import RunSection
@@ -28,6 +28,7 @@ from rookery.models import Model
 from rookery.train import checkpoint, divergence
 from rookery.train.batches import batches
 from rookery.train.callbacks import Callback, MetricsFile, Observers, RunFacts, StatusFile, flat
+from rookery.train.context import Context
 from rookery.train.device import describe, keep_freed_memory
 from rookery.train.infctx import chunk_losses
 from rookery.train.interrupt import StopRequest
@@ -178,7 +179,8 @@ def _run(
     weights = WeightFiles(config, start, rundir, engine, ranks)
     validation = prepared.validation
     del start, prepared  # closes the mapped weight files: Windows could not remove an old checkpoint else
-    return _train(config, dataset, validation, engine, weights, progress, rundir, observers, stop, ranks)
+    context = Context.of(ranks, config.device.context_parallel)
+    return _train(config, dataset, validation, engine, weights, progress, rundir, observers, stop, context)
 
 
 def _refuse_other_configuration(rundir: RunFiles, config: TrainConfig) -> None:
@@ -265,11 +267,11 @@ def _train(
     rundir: RunFiles,
     observers: Observers,
     stop: StopRequest,
-    ranks: Ranks,
+    context: Context,
 ) -> RunResult:
     """From where `progress` stands to the last step."""
-    run = config.run
-    samples_per_step = ranks.world_size * run.micro_bsz * run.accumulate_grad_batches
+    run, ranks = config.run, context.ranks
+    samples_per_step = samples_of_step(config)
     tokens_per_step = samples_per_step * config.data.ctx_len
     epoch_steps = int(run.epoch_steps or 0)
     schedule = _schedule(config, tokens_per_step, progress.run_first_step)
@@ -301,7 +303,7 @@ def _train(
         _log_new_run(config, rundir)
         observers.add(MetricsFile(rundir.metrics_file, config.log.log_every))
 
-    loss_function = _loss_function(run)
+    loss_function = _loss_function(run, context)
     monitor = Monitor(engine, observers.on_record, tokens_per_step=tokens_per_step, total_steps=schedule.total_steps)
     keeper = Keeper(
         config,
@@ -312,7 +314,7 @@ def _train(
         monitor=monitor,
         observers=observers,
         stop=stop,
-        validate=_validator(config, validation, engine, loss_function, stop, ranks),
+        validate=_validator(config, validation, engine, loss_function, stop, context),
         save_weights=weights.write,
         epoch_steps=epoch_steps,
         total_steps=schedule.total_steps,
@@ -343,8 +345,7 @@ def _train(
                 progress.step * samples_per_step,
                 run.micro_bsz,
                 engine.device,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
+                context=context,
                 num_workers=config.data.num_workers,
             ),
             schedule,
@@ -398,12 +399,12 @@ def _validator(
     engine: Engine,
     loss_function: LossFunction,
     stop: StopRequest,
-    ranks: Ranks,
+    context: Context,
 ) -> Callable[[], float | None] | None:
     """Computes the validation loss, if there are data for it."""
     if dataset is None:
         return None
-    validation = Validation(dataset, config.run.micro_bsz, engine.device, ranks)
+    validation = Validation(dataset, config.run.micro_bsz, engine.device, context)
     return lambda: validation.loss(engine.model, loss_function, lambda: stop.made)
 
 
@@ -420,7 +421,9 @@ def language_loss(model: nn.Module, batch: Batch, *, head_chunk: int = 0) -> Ite
     yield Part(loss, batch.trained, last=True)
 
 
-def _loss_function(run: RunSection) -> LossFunction:
+def _loss_function(run: RunSection, context: Context) -> LossFunction:
+    if context.size > 1:
+        return partial(context.loss, head_chunk=run.head_chunk)
     if run.train_type == "normal":
         return partial(language_loss, head_chunk=run.head_chunk)
     return partial(chunk_losses, chunk_ctx=run.chunk_ctx, full=run.infctx_grad == "full", head_chunk=run.head_chunk)
@@ -434,7 +437,9 @@ def _explain(
     # With several ranks, which of them was first is not known: each saves its own.
     file = divergence.save_batch(step, rundir.path, ranks.rank if ranks.world_size > 1 else None)
     tensor = _("not searched for with strategy {strategy}", strategy=config.device.strategy)
-    if config.device.strategy in ("single", "ddp"):  # a rank can repeat the step without the others
+    if config.device.context_parallel > 1:
+        tensor = _("not searched for with context_parallel")
+    elif config.device.strategy in ("single", "ddp"):  # a rank can repeat the step without the others
         tensor = divergence.first_bad_tensor(engine.model, loss_function, step.batches)
     return _(
         "step {step} is not finite (loss {loss}, gradient norm {norm}); first bad tensor: {tensor}. Its batch is in "

@@ -44,7 +44,7 @@ GRACE = 5.0
 BUSY = 0.2
 """Part of a core that a process uses which computes; one that waits uses next to nothing."""
 
-WAITING = ("torch/distributed/", "deepspeed/", "rookery/train/monitor.py")
+WAITING = ("torch/distributed/", "deepspeed/", "rookery/ops/context.py", "rookery/train/monitor.py")
 """Where a main thread stands still because of another rank, or for its own GPU, which does."""
 
 
