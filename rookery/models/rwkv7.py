@@ -20,8 +20,7 @@ from rookery.models.common import (
     vector,
 )
 from rookery.models.shape import ModelShape
-from rookery.ops import linear, mix7, relu_square, token_shift
-from rookery.ops.context import Before, through
+from rookery.ops import gates7, linear, mix7, relu_square, token_shift
 from rookery.ops.linear import Linear
 from rookery.ops.packed import Packing
 
@@ -58,7 +57,7 @@ class TimeMix(TimeMixing):
         self,
         x: Tensor,
         shift: Tensor,
-        wkv: Before,
+        wkv: Tensor,
         kernel: str,
         v_first: Tensor | None = None,
         *,
@@ -69,18 +68,17 @@ class TimeMix(TimeMixing):
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         xr, xw, xk, xv, xa, xg = token_shift(x, shift, *mixes, kernel=kernel, packing=packing)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = self.w0 + linear(torch.tanh(linear(xw, self.w1.T)), self.w2.T)
-        a = torch.sigmoid(self.a0 + linear(linear(xa, self.a1.T), self.a2.T))
+        w = linear(torch.tanh(linear(xw, self.w1.T)), self.w2.T)
+        a = linear(linear(xa, self.a1.T), self.a2.T)
         g = linear(torch.sigmoid(linear(xg, self.g1.T)), self.g2.T)
-        if v_first is None:
-            v_first = v
-        else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + linear(linear(xv, self.v1.T), self.v2.T)))
-        y, wkv = through(wkv, lambda state: mix7(
-            r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias, state,
+        gate = None if v_first is None else linear(linear(xv, self.v1.T), self.v2.T)
+        first = v if v_first is None else v_first
+        w, a, v = gates7(w, a, v, gate, v_first, self.w0, self.a0, self.v0, kernel=kernel)
+        y, wkv = mix7(
+            r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias, wkv,
             eps=self.ln_x.eps, kernel=kernel, packing=packing,
-        ))  # fmt: skip
-        return self.output(y), wkv, v_first
+        )  # fmt: skip
+        return self.output(y), wkv, first
 
     def initialise(self, generator: torch.Generator) -> None:
         C, N = self.w0.numel(), self.r_k.shape[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from rookery.ops import mix7_native
+from rookery.ops import mix7_native, mix7_triton
 from rookery.ops.backend import Backend, Call, Op, beside, exact_dtype, never_refuses
 from rookery.ops.packed import Packing
 from rookery.ops.wkv7 import wkv7
@@ -70,6 +70,7 @@ def mix7_plain(
 OP = Op(
     "mix7",
     [
+        Backend("triton", mix7_triton.refuses, mix7_triton.mix7_triton, packs=True),
         Backend("native", mix7_native.refuses, mix7_native.mix7_native, packs=True),
         Backend("plain", never_refuses, mix7_plain, packs=True),
     ],

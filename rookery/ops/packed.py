@@ -77,6 +77,13 @@ class Packing:
         return y.unsqueeze(0), torch.cat(finals).index_select(0, groups.order.argsort())
 
     @cached_property
+    def begins(self) -> Tensor:
+        """(T,) int32 on the device: of each token the number of the sequence that begins with it, or -1."""
+        numbers = torch.arange(len(self), dtype=torch.int32, device=self.first.device)
+        tokens = int(self.bounds[-1])
+        return numbers.new_full((tokens,), -1).index_copy_(0, self.first, numbers)
+
+    @cached_property
     def _groups(self) -> _Groups:
         """The sequences from the longest to the shortest; one that is at most half as long as the first of its group
         begins the next."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rookery.ops import pointwise_native
+from rookery.ops import pointwise_native, pointwise_triton
 from rookery.ops.backend import Backend, Call, Op, beside, never_refuses
 from rookery.ops.packed import Packing, previous
 
@@ -34,6 +34,25 @@ def relu_square(x: Tensor, *, kernel: str = "auto") -> Tensor:
     return RELU_SQUARE.choose(Call.of(x), beside(kernel), instead="plain").run(x)
 
 
+def gates7(
+    w: Tensor, a: Tensor, v: Tensor, gate: Tensor | None, v_first: Tensor | None,
+    w0: Tensor, a0: Tensor, v0: Tensor, *, kernel: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What RWKV-7's low-rank products become::
+
+        w = w + w0                                   raw decay
+        a = sigmoid(a + a0)                          in-context learning rate
+        v = v + sigmoid(gate + v0) (v_first - v)     value, mixed with that of the first layer
+
+    Args:
+        w, a, v, gate, v_first: (B, T, C); without `gate` and `v_first`, as in the first layer, v stays as it is.
+        w0, a0, v0: C elements.
+        kernel: as in `token_shift`.
+    """
+    tensors = (w, a, v, gate, v_first, w0, a0, v0)
+    return GATES7.choose(Call.of(*tensors), beside(kernel), instead="plain").run(*tensors)
+
+
 def token_shift_plain(
     x: Tensor, before: Tensor, mixes: Sequence[Tensor], packing: Packing | None
 ) -> tuple[Tensor, ...]:
@@ -47,9 +66,20 @@ def relu_square_plain(x: Tensor) -> Tensor:
     return torch.relu(x).square()
 
 
+def gates7_plain(
+    w: Tensor, a: Tensor, v: Tensor, gate: Tensor | None, v_first: Tensor | None,
+    w0: Tensor, a0: Tensor, v0: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`gates7` as separate operations."""
+    if gate is not None and v_first is not None:
+        v = torch.lerp(v, v_first, torch.sigmoid(v0 + gate))
+    return w0 + w, torch.sigmoid(a0 + a), v
+
+
 TOKEN_SHIFT = Op(
     "token_shift",
     [
+        Backend("triton", pointwise_triton.refuses, pointwise_triton.token_shift, packs=True),
         Backend("native", pointwise_native.refuses, pointwise_native.token_shift, packs=True),
         Backend("plain", never_refuses, token_shift_plain, packs=True),
     ],
@@ -58,7 +88,16 @@ TOKEN_SHIFT = Op(
 RELU_SQUARE = Op(
     "relu_square",
     [
+        Backend("triton", pointwise_triton.refuses, pointwise_triton.relu_square),
         Backend("native", pointwise_native.refuses, pointwise_native.relu_square),
         Backend("plain", never_refuses, relu_square_plain),
+    ],
+)
+
+GATES7 = Op(
+    "gates7",
+    [
+        Backend("triton", pointwise_triton.refuses, pointwise_triton.gates7),
+        Backend("plain", never_refuses, gates7_plain),
     ],
 )

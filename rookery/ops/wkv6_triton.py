@@ -10,13 +10,12 @@ inputs use bf16 tensor cores with fp32 sums, fp16 inputs TF32, fp32 inputs fp32 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rookery.ops import wkv7_triton
+from rookery.ops import on_triton, wkv7_triton
 from rookery.ops.backend import Call
 
 HEAD_SIZES = (16, 32, 64, 128)
@@ -27,21 +26,14 @@ SHARED_MEMORY = 99 * 1024
 
 def refuses(call: Call) -> str | None:
     """Why this back-end cannot serve `call`, or None."""
-    if call.device != "cuda":
-        return f"runs on a GPU, not on {call.device}"
-    if call.dtype not in wkv7_triton.DTYPES:
-        return f"dtype {call.dtype} is not bfloat16, float16 or float32"
-    if call.head_size not in HEAD_SIZES:
-        return f"head size {call.head_size} is not one of {', '.join(map(str, HEAD_SIZES))}"
-    return wkv7_triton.machine_refuses(torch.cuda.current_device(), SHARED_MEMORY)
+    return on_triton.refuses_call(call, HEAD_SIZES) or on_triton.refuses_machine(SHARED_MEMORY)
 
 
 def segments_for(r: Tensor) -> int:
     """Into how many segments to cut sequences like `r` (B, T, H, N) on its device: four programs a multiprocessor keep
     it busy, and a segment of less than four chunks is not worth its share of the scan."""
     B, T, H, _ = r.shape
-    multiprocessors = torch.cuda.get_device_properties(r.device).multi_processor_count if r.is_cuda else 1
-    return max(1, min(4 * multiprocessors // (B * H), T // (4 * CHUNK)))
+    return max(1, min(4 * on_triton.multiprocessors(r.device) // (B * H), T // (4 * CHUNK)))
 
 
 def wkv6_triton(
@@ -123,21 +115,18 @@ class _Launch:
         totals, decays, before = self.empty(programs, N, N), self.empty(programs, N), self.empty(programs, N, N)
         self(kernels.gather, values, keys, w, totals, decays, REVERSE=reverse)
         rows = scan_rows(N)
-        with self._on_device():
+        with on_triton.on(self.device):
             kernels.scan[(self.heads * (N // rows),)](
                 first, totals, decays, before, self.segments, N=N, ROWS=rows, REVERSE=reverse, **scan_options(N)
             )
         return before
 
     def __call__(self, kernel: Any, *tensors: Tensor, **own: bool) -> None:
-        with self._on_device():
+        with on_triton.on(self.device):
             kernel[(self.heads * self.segments,)](
                 *tensors, self.T, self.H, self.chunks_per_segment, self.segments, **self.constants, **own,
                 **options(self.dtype, self.N),
             )  # fmt: skip
-
-    def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
 
 def constants(dtype: torch.dtype, N: int) -> dict[str, Any]:

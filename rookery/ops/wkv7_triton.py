@@ -14,8 +14,6 @@ fp16's range; fp32 inputs fp32 arithmetic.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -24,43 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rookery.ops import on_triton
 from rookery.ops.backend import Call
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Head sizes served, and the bytes of shared memory that one program of the largest kernel may take.
 SHARED_MEMORY = {16: 96 * 1024, 32: 96 * 1024, 64: 96 * 1024, 128: 136 * 1024}
-OLDEST_TRITON = (3, 4)
 
 
 def refuses(call: Call) -> str | None:
     """Why this back-end cannot serve `call`, or None."""
-    if call.device != "cuda":
-        return f"runs on a GPU, not on {call.device}"
-    if call.dtype not in DTYPES:
-        return f"dtype {call.dtype} is not bfloat16, float16 or float32"
-    if call.head_size not in SHARED_MEMORY:
-        return f"head size {call.head_size} is not one of {', '.join(map(str, SHARED_MEMORY))}"
+    reason = on_triton.refuses_call(call, SHARED_MEMORY)
+    if reason:
+        return reason
     if call.head_size == 128 and call.dtype != torch.bfloat16:
         return "head size 128 fits in shared memory only in bfloat16"
-    return machine_refuses(torch.cuda.current_device(), SHARED_MEMORY[call.head_size])
-
-
-@cache
-def machine_refuses(device: int, shared_memory: int) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (it comes with PyTorch's CUDA builds for Linux)"
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
-        return f"Triton {triton.__version__} is older than {'.'.join(map(str, OLDEST_TRITON))} (PyTorch 2.8 brings it)"
-    if torch.version.hip:
-        return "its kernels need more shared memory than AMD GPUs have"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs an NVIDIA GPU of the Ampere generation (RTX 30, A100) or newer"
-    offered = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
-    if offered < shared_memory:
-        return f"this GPU offers {offered // 1024} KiB of shared memory, {shared_memory // 1024} KiB are needed"
-    return None
+    return on_triton.refuses_machine(SHARED_MEMORY[call.head_size])
 
 
 @cache
@@ -69,7 +45,7 @@ def _heads_to_walk(device: torch.device) -> float:
     Hopper's matrix instructions take the walk without spilling many registers."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return math.inf
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * on_triton.multiprocessors(device)
 
 
 @dataclass(frozen=True)
@@ -199,19 +175,16 @@ class _Launch:
     def scan(self, *tensors: Tensor, reverse: bool) -> None:
         from rookery.ops import wkv7_triton_kernels as kernels
 
-        with self._on_device():
+        with on_triton.on(self.device):
             kernels.scan[(self.heads * (self.N // scan_rows(self.N)),)](
                 *tensors, self.NT, REVERSE=reverse, ROWS=scan_rows(self.N), **self.constants, **scan_options(self.N)
             )
 
     def __call__(self, kernel: Any, programs: int, *tensors: Tensor, **constants: bool) -> None:
-        with self._on_device():
+        with on_triton.on(self.device):
             kernel[(programs,)](
                 *tensors, self.T, self.H, self.NT, C=self.C, **self.constants, **constants, **self.options
             )
-
-    def _on_device(self) -> contextlib.AbstractContextManager[object]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
 
 def constants(dtype: torch.dtype, N: int) -> dict[str, Any]:

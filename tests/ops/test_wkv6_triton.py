@@ -6,15 +6,12 @@ under Triton's interpreter, which needs none; `test_compiles_for_a_gpu` hands th
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE, INTERPRETED, kernels, relative_error, run_interpreted
+from interpreted import DEVICE, INTERPRETED, Banded, compile_for_h200, kernels, relative_error, run_interpreted
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rookery.ops import wkv6, wkv6_triton
 from rookery.ops.backend import Call
@@ -143,38 +140,13 @@ def test_gradient_of_the_final_state_alone_and_no_initial_state() -> None:
 @cuts
 @decays
 def test_reads_and_writes_stay_inside(per_token: bool, segments: int) -> None:
-    """Every tensor lies between bands: of NaN around the inputs, which must not be read, and of a mark around all that
-    the back-end allocates, which must not be written. What it allocates starts as NaN, so it must be written."""
-    band, mark = 256, 1234.0
-    bands: list[tuple[Tensor, int]] = []
-
-    def inside(shape: Any, dtype: torch.dtype, around: float) -> Tensor:
-        n = torch.Size(shape).numel()
-        whole = torch.full((n + 2 * band,), around, dtype=dtype, device=DEVICE)
-        whole[band : band + n] = torch.nan
-        bands.append((whole, n))
-        return whole[band : band + n].view(shape)
-
-    class Banded(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten.empty.memory_format and kwargs["dtype"].is_floating_point:
-                return inside(args[0], kwargs["dtype"], mark)
-            if func is torch.ops.aten.empty_like.default:
-                return inside(args[0].shape, args[0].dtype, mark)
-            return func(*args, **(kwargs or {}))
-
     case = Case(37, 32, per_token=per_token)
-    leaves = []
-    for x in (*case.inputs, case.state):
-        leaves.append(inside(x.shape, x.dtype, torch.nan).copy_(x).requires_grad_())
-    bands.clear()
-    with Banded(), torch.autograd.set_multithreading_enabled(False):
+    bands = Banded()
+    leaves = [bands.leaf(x) for x in (*case.inputs, case.state)]
+    with bands, torch.autograd.set_multithreading_enabled(False):
         outputs = wkv6_triton.wkv6_triton(*leaves, segments=segments)
         gradients = torch.autograd.grad(outputs, leaves, (case.dy, case.dfinal))
-    assert len(bands) >= 9
-    for whole, n in bands:
-        assert (whole[:band] == mark).all()
-        assert (whole[band + n :] == mark).all()
+    assert bands.intact() >= 9
     for name, got, want in zip(NAMES, (*outputs, *gradients), case.reference(), strict=True):
         assert relative_error(got, want) < 3e-6, name
 
@@ -213,33 +185,21 @@ def test_compiles_for_a_gpu(
     dtype: torch.dtype, N: int, per_token: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every kernel goes through Triton's compiler and NVIDIA's assembler for an H200, and fits in shared memory."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from rookery.ops import wkv6_triton_kernels as module
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    rounded = (
-        ["r", "k", "v", "y", "dy", "dr", "dk", "dv", "u", "values", "keys", "states"] if dtype == torch.bfloat16 else []
-    )
-    types = dict.fromkeys(rounded, "*bf16") | dict.fromkeys(("T", "H", "NC", "NS"), "i32")
+    bf16 = ["r", "k", "v", "y", "dy", "dr", "dk", "dv", "u", "values", "keys", "states"]
+    types = dict.fromkeys(bf16 if dtype == torch.bfloat16 else (), "*bf16")
+    types |= dict.fromkeys(("T", "H", "NC", "NS"), "i32")
     common = wkv6_triton.constants(dtype, N) | {"PER_TOKEN": per_token, "ROWS": wkv6_triton.scan_rows(N)}
-    variants: list[tuple[Any, dict[str, bool]]] = [
-        (module.gather, {"REVERSE": False}),
-        (module.gather, {"REVERSE": True}),
-        (module.scan, {"REVERSE": True}),
-        (module.forward, {"KEEP": False}),
-        (module.forward, {"KEEP": True}),
-        (module.backward, {}),
-    ]
-    for kernel, own in variants:
-        names = list(inspect.signature(kernel.fn).parameters)
-        fixed = {name: value for name, value in (common | own).items() if name in names}
-        signature = {name: "constexpr" if name in fixed else types.get(name, "*fp32") for name in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-        values = {(names.index(name),): value for name, value in fixed.items()}
-        source = ASTSource(kernel, signature, values, aligned)
-        options = wkv6_triton.scan_options(N) if kernel is module.scan else wkv6_triton.options(dtype, N)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert compiled.asm["cubin"]
-        assert compiled.metadata.shared <= wkv6_triton.SHARED_MEMORY, kernel.fn.__name__
+    options, of_scan = wkv6_triton.options(dtype, N), wkv6_triton.scan_options(N)
+    for kernel, own, launched in (
+        (module.gather, {"REVERSE": False}, options),
+        (module.gather, {"REVERSE": True}, options),
+        (module.scan, {"REVERSE": True}, of_scan),
+        (module.forward, {"KEEP": False}, options),
+        (module.forward, {"KEEP": True}, options),
+        (module.backward, {}, options),
+    ):
+        compiled = compile_for_h200(kernel, common | own, types, options=launched)
+        assert compiled.shared <= wkv6_triton.SHARED_MEMORY, kernel.fn.__name__
