@@ -21,6 +21,7 @@ from rookery.models.common import (
 )
 from rookery.models.shape import ModelShape
 from rookery.ops import gates7, linear, mix7, relu_square, token_shift
+from rookery.ops.context import Before, through
 from rookery.ops.linear import Linear
 from rookery.ops.packed import Packing
 
@@ -57,7 +58,7 @@ class TimeMix(TimeMixing):
         self,
         x: Tensor,
         shift: Tensor,
-        wkv: Tensor,
+        wkv: Before,
         kernel: str,
         v_first: Tensor | None = None,
         *,
@@ -74,10 +75,10 @@ class TimeMix(TimeMixing):
         gate = None if v_first is None else linear(linear(xv, self.v1.T), self.v2.T)
         first = v if v_first is None else v_first
         w, a, v = gates7(w, a, v, gate, v_first, self.w0, self.a0, self.v0, kernel=kernel)
-        y, wkv = mix7(
-            r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias, wkv,
+        y, wkv = through(wkv, lambda state: mix7(
+            r, w, k, v, a, g, self.k_k, self.k_a, self.r_k, self.ln_x.weight, self.ln_x.bias, state,
             eps=self.ln_x.eps, kernel=kernel, packing=packing,
-        )  # fmt: skip
+        ))  # fmt: skip
         return self.output(y), wkv, first
 
     def initialise(self, generator: torch.Generator) -> None:
