@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rookery.bench.live_bytes import LiveBytes
+from rookery.data import make
 from rookery.infer import CPU7Form, Form, PlainForm
 from rookery.infer.forms import PREFILL
 from rookery.infer.generation import read
@@ -172,3 +175,20 @@ def test_a_prompt_of_any_length_takes_the_memory_of_a_piece(version: str) -> Non
     peak(1)
     ids = 8 * PREFILL
     assert peak(6) - peak(2) == pytest.approx(4 * ids, abs=ids)
+
+
+def test_data_of_any_size_is_made_in_the_same_memory(tmp_path: Path) -> None:
+    """But for the sizes of its documents."""
+    line = json.dumps({"text": "The state of a recurrence does not grow. " * 100}) + "\n"
+
+    def peak(megabytes: int) -> int:
+        source = tmp_path / "data.jsonl"
+        source.write_text(line * (megabytes * 1_000_000 // len(line)), encoding="utf-8")
+        tracemalloc.start()
+        make(source, output=tmp_path / "made", workers=1)
+        _now, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(10)
+    assert peak(60) - peak(20) < 1_000_000
