@@ -38,7 +38,7 @@ def usual_formats(setting: Setting) -> list[str]:
     """What is measured when nothing is said: every format that the fastest form of such a model has."""
     if setting.device == "cuda":
         return ["bf16"]
-    return ["fp32", "bf16", "int8"] if setting.version == "x070" else ["fp32", "bf16"]
+    return ["fp32", "bf16", "int8"]
 
 
 class Runner(Protocol):
@@ -197,7 +197,8 @@ class Package:
 
     def __init__(self, setting: Setting, strategy: str) -> None:
         # It reads these when it is imported.
-        os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+        is_newest = "1" if setting.version == "x070" else "0"
+        os.environ |= {"RWKV_V7_ON": is_newest, "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
         # It prints what it does.
         with redirect_stdout(StringIO()), tempfile.TemporaryDirectory() as folder:
             from rwkv.model import RWKV

@@ -56,6 +56,6 @@ def _refusal(name: str, benchmark: str, device: str, version: str) -> str | None
         return _("it is compared on a CPU only")
     if name == "llama" and importlib.util.find_spec("gguf") is None:
         return _("its files need the package gguf: python -m pip install 'rookery[gguf]'")
-    if version != "x070" and benchmark != "op":
+    if version != "x070" and benchmark != "op" and (benchmark, name) != ("infer", "rwkv"):
         return _("it is compared with x070 only, not with {version}", version=version)
     return None

@@ -6,7 +6,7 @@ What may come next is worked out on bytes, so it holds for any vocabulary, also 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -30,7 +30,7 @@ LONGEST_REASON = 200
 
 @dataclass(frozen=True)
 class Constraint:
-    """The form of an answer; make one with `json_schema`, `json_object`, `regex` or `lark`."""
+    """The form of an answer; make one with `json_schema`, `json_object`, `regex`, `choice` or `rules`."""
 
     grammar: str
 
@@ -58,9 +58,25 @@ class Constraint:
         return cls(_library().LLMatcher.grammar_from_regex(pattern))
 
     @classmethod
-    def lark(cls, grammar: str) -> Constraint:
-        """Text of a context-free grammar in Lark's notation."""
-        return cls(_library().LLMatcher.grammar_from_lark(grammar))
+    def choice(cls, texts: Sequence[str]) -> Constraint:
+        """One of some texts."""
+        return cls.rules("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+
+    @classmethod
+    def rules(cls, grammar: str) -> Constraint:
+        """Text of a context-free grammar, in Lark's notation or in llama.cpp's (GBNF).
+
+        Raises:
+            UserError: it has GBNF's signs and is none.
+        """
+        library = _library()
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        try:
+            return cls(library.LLMatcher.grammar_from_lark(any_to_lark(grammar)))
+        except Exception as error:  # the package raises plain ones, and whatever an unfinished text leads it to
+            reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
+            raise UserError(_("The grammar cannot be used: {reason}", reason=reason)) from error
 
 
 class Guide:

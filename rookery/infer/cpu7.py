@@ -9,22 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rookery.adapters import Method
+from rookery.infer.matrix import KINDS, Matrix, fast_bf16, refused, whole
 from rookery.models import Model, ModelShape, State
-from rookery.ops.linear import Linear
-from rookery.ops.native import numba_installed
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-"""Number of each format of weights in the compiled code."""
-
-FP32, BF16, INT8 = range(3)
 
 _one_at_a_time = threading.Lock()
 """The threads of a step wait for each other: two steps sharing a pool of threads could wait forever."""
@@ -32,68 +24,15 @@ _one_at_a_time = threading.Lock()
 
 def refuses(model: Model) -> str | None:
     """Why `CPU7Form` cannot run `model`, or None."""
-    if model.emb.weight.device.type != "cpu":
-        return "the model is not on a CPU"
-    if model.emb.weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"weights are {model.emb.weight.dtype}"
-    if not numba_installed():
-        return "Numba is not installed (pip install numba)"
-    return shape_refused(model.shape)
+    return refused(model) or _shape_refused(model.shape)
 
 
-def shape_refused(shape: ModelShape) -> str | None:
-    """Why a model of this shape cannot be packed, or None."""
+def _shape_refused(shape: ModelShape) -> str | None:
     if shape.version != "x070":
         return f"only x070 is packed, not {shape.version}"
     if shape.n_embd % 16 or shape.head_size % 16 or shape.dim_ffn % 16 or shape.dim_att != shape.n_embd:
         return "widths are no multiples of 16"
     return None
-
-
-@dataclass
-class Matrix:
-    """A weight (out, in), contiguous; int8 ones have a scale for each row, (out) fp32."""
-
-    data: Tensor
-    scales: Tensor | None = None
-
-    @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype) -> Matrix:
-        """`weight` in another format; it is shared, not copied, where it has that already."""
-        weight = weight.detach()
-        if dtype != torch.int8:
-            return cls(weight.to(dtype).contiguous())
-        data = torch.empty(weight.shape, dtype=torch.int8)
-        scales = torch.empty(len(weight))
-        for rows in torch.arange(len(weight)).split(4096):
-            part = weight[rows].float()
-            scales[rows] = part.abs().amax(1).clamp_min(1e-30) / 127
-            data[rows] = (part / scales[rows, None]).round().to(torch.int8)
-        return cls(data, scales)
-
-    @property
-    def kind(self) -> int:
-        return KINDS[self.data.dtype]
-
-    def entry(self) -> list[int]:
-        """What the compiled code is told of it."""
-        rows, size = self.data.shape
-        scales = self.scales.data_ptr() if self.scales is not None else 0
-        return [self.data.data_ptr(), rows, size, size * self.data.element_size(), scales]
-
-    def product(self, x: Tensor) -> Tensor:
-        """x (T, in) times the weight's transpose, in the dtype of `x`."""
-        if len(x) == 1:
-            # One row alone is summed in another order than each of two or more, whatever their number.
-            return self.product(x.repeat(2, 1))[:1]
-        y = _linear(x, self.data.to(x.dtype))
-        return y if self.scales is None else y.mul_(self.scales)
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    if torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return torch.nn.functional.linear(x, weight)
 
 
 class CPU7Form:
@@ -120,7 +59,7 @@ class CPU7Form:
         self._compute = torch.bfloat16 if dtype != torch.float32 and fast_bf16() else torch.float32
         low = torch.bfloat16 if dtype == torch.int8 else dtype
         self._layers = [_Layer(block, dtype, low) for block in model.blocks]
-        self._head = Matrix.of(_whole(model.head), dtype)
+        self._head = Matrix.of(whole(model.head), dtype)
         self._emb = model.emb.weight.detach()
         self._entrance = model.blocks[0].ln0
         self._ends = _stacked(model.ln_out.weight, model.ln_out.bias)
@@ -235,7 +174,7 @@ class _Layer:
     def __init__(self, block: Any, dtype: torch.dtype, low: torch.dtype) -> None:
         att, ffn = block.att, block.ffn
         big = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
-        self.matrices = [Matrix.of(_whole(module), dtype) for module in big]
+        self.matrices = [Matrix.of(whole(module), dtype) for module in big]
         for x in "wavg":
             down, up = att.get_parameter(f"{x}1").T, att.get_parameter(f"{x}2").T
             # The compiled code takes 16 numbers at a time; ranks are multiples of it in all models of some size.
@@ -251,22 +190,6 @@ class _Layer:
         self.ffn_mix = _stacked(ffn.x_k)
         own = _stacked(att.w0, att.a0, att.v0, att.k_k, att.k_a, att.r_k, att.ln_x.weight, att.ln_x.bias)
         self.vectors = np.concatenate([self.mixes, own, self.ln1, self.ln2, self.ffn_mix])
-
-
-def _whole(linear: Linear) -> Tensor:
-    """The weight of a matrix with its adapters in it."""
-    weight = linear.dense().detach()
-    methods = [method for method in linear.adapters.values() if method.enabled and isinstance(method, Method)]
-    if not methods:
-        return weight
-    exact = weight.float()
-    return sum((method.merged(exact).detach() - exact for method in methods), exact)
-
-
-def fast_bf16() -> bool:
-    """Whether this processor multiplies bf16 matrices faster than fp32 ones."""
-    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check() for check in known if check)
 
 
 def _stacked(*vectors: Tensor) -> np.ndarray:

@@ -22,8 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -39,6 +38,7 @@ from rookery.infer.constraint import Guide
 from rookery.infer.forms import PREFILL, Form, PlainForm, assign, form_of
 from rookery.infer.request import Finish, Handle, Piece, Request, Token
 from rookery.infer.sequence import Sequence
+from rookery.infer.work import Active, Busy, Closed, Job, Load
 from rookery.models import Model, State
 from rookery.tokenizer import Tokenizer
 
@@ -49,59 +49,6 @@ PIECE = 64
 
 WORTH_KEEPING = 16
 """Tokens that two prompts must share beyond what is cached for the state at their parting to be kept."""
-
-
-class Busy(Exception):
-    """The queue of waiting requests is full."""
-
-
-class Closed(Exception):
-    """The engine takes no more requests."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """What an engine is doing and has done since its start."""
-
-    slots: int
-    active: int
-    waiting: int
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    cache_bytes: int
-    cache_entries: int
-
-
-@dataclass
-class _Active:
-    """A request from `submit` to its end."""
-
-    handle: Handle
-    sequence: Sequence
-    guide: Guide | None
-    start: State
-    """The state before the prompt."""
-    form: Form
-    context: Hashable
-    """What `start` and `form` are, for the cache; None if nothing is to be cached."""
-    slot: int = -1
-    started: float = 0.0
-    position: int = 0
-    """Tokens of the prompt that are in the state."""
-    part_at: int = 0
-    """Position of the prompt at which the state is to be kept; 0 for nowhere."""
-    first: float = 0.0
-    tokens: list[tuple[Token, int]] = field(default_factory=list)
-    """Tokens not yet handed out, each with the number of bytes of the answer up to its end."""
-    bytes: int = 0
-    total: Tensor | float = 0.0
-    """Sum of what was read, for an embedding."""
-
-    @property
-    def request(self) -> Request:
-        return self.handle.request
 
 
 class Engine:
@@ -137,10 +84,10 @@ class Engine:
         self._adapters: dict[str, tuple[Form, int]] = {}
         self._retired: list[PlainForm] = []
         self._mounts = 0
-        self._waiting: deque[_Active] = deque()
-        self._jobs: deque[_Job] = deque()
-        self._reading: deque[_Active] = deque()
-        self._answering: list[_Active] = []
+        self._waiting: deque[Active] = deque()
+        self._jobs: deque[Job] = deque()
+        self._reading: deque[Active] = deque()
+        self._answering: list[Active] = []
         self._totals = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -196,7 +143,7 @@ class Engine:
             handle = Handle(request)
             start, form, context = self._start(request)
             sequence = Sequence(self.tokenizer, request.sampling)
-            self._waiting.append(_Active(handle, sequence, guide, start, form, context))
+            self._waiting.append(Active(handle, sequence, guide, start, form, context))
             self._totals["requests"] += 1
             self._condition.notify()
         return handle
@@ -314,7 +261,7 @@ class Engine:
 
     def _between_turns(self, action: Callable[[], None]) -> None:
         """Have `action` done when nothing is being computed, and wait for it."""
-        job = _Job(action)
+        job = Job(action)
         with self._condition:
             if self._closing:
                 raise Closed
@@ -346,7 +293,7 @@ class Engine:
 
     def _retire(self, form: Form) -> None:
         """Take the adapter of a form off the model once no request uses it; a packed form goes by itself."""
-        if isinstance(form, PlainForm):
+        if isinstance(form, PlainForm) and form.adapter is not None:
             self._retired.append(form)
             self._condition.notify()
 
@@ -405,7 +352,9 @@ class Engine:
             if request.state not in self._states:
                 raise UserError(_("No state called {name} is mounted.", name=request.state))
             start, mount = self._states[request.state]
-        return start, form, (mount, adapter) if request.reuse and not request.embed else None
+        # Of what the cache holds, there is neither an embedding nor a probability.
+        whole = request.embed or request.score
+        return start, form, (mount, adapter) if request.reuse and not whole else None
 
     def _read_prompts(self) -> None:
         left = PIECE if self._answering else PREFILL
@@ -423,15 +372,32 @@ class Engine:
             active.position = end
             if active.request.embed:
                 active.total = active.total + hidden.float().sum(0)
+            if active.request.score:
+                self._score(active, hidden, begin)
             if end in (active.part_at, len(prompt)):
                 self._keep(active, prompt[:end])
-            if end == len(prompt) and active.request.embed:
+            if end < len(prompt):
+                continue
+            if active.request.embed:
                 active.handle.embedding = (active.total / torch.linalg.vector_norm(active.total)).tolist()
-                self._end(active, "stop")
-            elif end == len(prompt):
+            if active.request.embed or active.request.silent:
+                self._end(active, "stop" if active.request.embed else "length")
+            else:
                 self._reading.remove(active)
                 self._answering.append(active)
                 self._choose(active, active.form.head(hidden[-1:])[0])
+
+    def _score(self, active: Active, hidden: Tensor, begin: int) -> None:
+        """Describe the tokens of the prompt that are predicted by `hidden` (T, C), what the head takes from position
+        `begin` on."""
+        request, described = active.request, active.handle.prompt
+        if begin == 0:
+            described.append(Token(request.prompt[0], active.sequence.bytes_of(request.prompt[0])))
+        # In parts: logits of a long piece in a large vocabulary would take much more memory than its states.
+        for at, rows in zip(range(begin, begin + len(hidden), PIECE), hidden.split(PIECE), strict=True):
+            targets = request.prompt[at + 1 : at + 1 + len(rows)]
+            logits = active.form.head(rows)
+            described += [self._described(active, token, row) for token, row in zip(targets, logits, strict=False)]
 
     def _answer(self) -> None:
         going_on = [a for a in self._answering if a.sequence.tokens and not a.handle.cancelled]
@@ -442,7 +408,7 @@ class Engine:
             for active, row in zip(group, logits, strict=True):
                 self._choose(active, row)
 
-    def _choose(self, active: _Active, logits: Tensor) -> None:
+    def _choose(self, active: Active, logits: Tensor) -> None:
         """Draw the next token of an answer, hand out the text it releases, and end the answer where it ends."""
         sequence, guide = active.sequence, active.guide
         try:
@@ -456,7 +422,9 @@ class Engine:
             return
         if not active.first:
             active.first = time.monotonic()
-        if not ends:
+        if ends:
+            active.handle.stopped_by = self._described(active, token, logits)
+        else:
             active.bytes += len(sequence.bytes_of(token))
             active.tokens.append((self._described(active, token, logits), active.bytes))
             if guide and guide.complete and not sequence.finish:
@@ -472,7 +440,7 @@ class Engine:
             del active.tokens[: len(tokens)]
             active.handle.give(Piece(text, tokens))
 
-    def _described(self, active: _Active, token: int, logits: Tensor) -> Token:
+    def _described(self, active: Active, token: int, logits: Tensor) -> Token:
         data, count = active.sequence.bytes_of(token), active.request.logprobs
         if count is None:
             return Token(token, data)
@@ -480,7 +448,7 @@ class Engine:
         values, ids = logprobs.topk(count)
         return Token(token, data, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
-    def _end(self, active: _Active, finish: Finish, error: Exception | None = None) -> None:
+    def _end(self, active: Active, finish: Finish, error: Exception | None = None) -> None:
         now, handle, tokens = time.monotonic(), active.handle, active.sequence.tokens
         first = active.first or now
         handle.usage = replace(
@@ -498,23 +466,7 @@ class Engine:
             self._free.append(active.slot)
         handle.end(finish, error)
 
-    def _keep(self, active: _Active, tokens: list[int]) -> None:
+    def _keep(self, active: Active, tokens: list[int]) -> None:
         """Leave a copy of the state, which is that after `tokens`, in the cache."""
         if active.context is not None:
             self._cache.put(active.context, tokens, self._slots.select(slice(active.slot, active.slot + 1)).clone())
-
-
-class _Job:
-    """Something to be done by the engine's thread."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
-        self.done: Future[None] = Future()
-
-    def run(self) -> None:
-        try:
-            self._action()
-        except Exception as error:
-            self.done.set_exception(error)
-        else:
-            self.done.set_result(None)

@@ -7,6 +7,7 @@ chooses).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -18,8 +19,10 @@ from rookery.adapters import enable
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.infer.cpu7 import CPU7Form, refuses
-from rookery.models import Model, State
+from rookery.infer.matrix import UNIT, PackedLinear, WideEmbedding, refused
+from rookery.models import Model, ModelShape, Parts, State
 from rookery.ops.backend import exact_dtype
+from rookery.ops.linear import Linear
 
 PREFILL = 512
 """Tokens of a prompt read in one forward pass."""
@@ -69,10 +72,11 @@ class PlainForm:
 
     def __init__(self, model: Model, adapter: str | None = None) -> None:
         self.model, self.adapter = model, adapter
+        self.module = model
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
-    def again(self) -> None:
+    def again(self) -> Form | None:
         return None
 
     def slots(self, count: int) -> State:
@@ -80,7 +84,7 @@ class PlainForm:
 
     def initial(self) -> State:
         with self._switched():
-            return self.model.initial_state(1, torch.empty(0, device=self.device, dtype=exact_dtype(self.dtype)))
+            return self.module.initial_state(1, torch.empty(0, device=self.device, dtype=exact_dtype(self.dtype)))
 
     def read(self, slots: State, slot: int, tokens: Sequence[int]) -> Tensor:
         with self._switched():
@@ -89,7 +93,7 @@ class PlainForm:
 
     def head(self, hidden: Tensor) -> Tensor:
         with self._switched():
-            return self.model.head(hidden).float()
+            return self.module.head(hidden).float()
 
     def step(self, slots: State, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         with self._switched():
@@ -97,12 +101,12 @@ class PlainForm:
             return self._decoded(slots, places, column)
 
     def _decoded(self, slots: State, places: Tensor, tokens: Tensor) -> Tensor:
-        return self.model.head(self._advance(slots, places, tokens[:, None])[:, 0]).float()
+        return self.module.head(self._advance(slots, places, tokens[:, None])[:, 0]).float()
 
     def _advance(self, slots: State, places: Tensor, tokens: Tensor) -> Tensor:
         before = slots.select(places)
         before = State(before.att_shift.to(self.dtype), before.wkv, before.ffn_shift.to(self.dtype))
-        x, after = self.model.hidden(tokens, before)
+        x, after = self.module.hidden(tokens, before)
         assign(slots, places, after)
         return x
 
@@ -116,6 +120,50 @@ class PlainForm:
             yield
         finally:
             enable(self.model, self.adapter, False)
+
+
+class PackedForm(PlainForm):
+    """The model's module on a CPU with its large matrices packed (`rookery.infer.matrix`), all else in fp32: for what
+    `CPU7Form` does not take.
+
+    Args:
+        model: its weights are shared where their format allows it. Adapters that are switched on are merged into what
+            is packed.
+        dtype: format of the matrices, fp32, bf16 or int8; None for the model's.
+
+    Raises:
+        ValueError: the model cannot be packed.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype | None = None) -> None:
+        reason = packing_refused(model)
+        if reason:
+            raise ValueError(reason)
+        self.packed_dtype = dtype or model.emb.weight.dtype
+        # `deepcopy` takes what its memo holds in the place of a copy.
+        stands_for: dict[int, object] = {id(model.emb): WideEmbedding(model.emb)}
+        for module in model.modules():
+            if isinstance(module, Linear):
+                stands_for[id(module)] = PackedLinear(module, self.packed_dtype)
+        module = copy.deepcopy(model, stands_for).float().requires_grad_(False)
+        super().__init__(module)
+        self.model = model
+        self.name = f"packed {str(self.packed_dtype).removeprefix('torch.')}"
+
+    def again(self) -> PackedForm:
+        return PackedForm(self.model, self.packed_dtype)
+
+
+def packing_refused(model: Model) -> str | None:
+    """Why `PackedForm` cannot run `model`, or None."""
+    return refused(model) or shape_refused(model.shape)
+
+
+def shape_refused(shape: ModelShape) -> str | None:
+    """Why a model of this shape cannot be packed, or None."""
+    if shape.n_embd % UNIT or shape.dim_att % UNIT or shape.dim_ffn % UNIT:
+        return "widths are no multiples of 16"
+    return None if shape.parts == Parts() else "parts of old trainers are not packed"
 
 
 class GraphForm(PlainForm):
@@ -167,14 +215,16 @@ def form_of(model: Model, dtype: torch.dtype | None = None, *, threads: int | No
 
     Args:
         dtype: format of the weights; None for the model's. int8 (a scale for each row) is for packed forms only.
-        threads: of a step on a CPU; None for as many as PyTorch uses.
+        threads: of a step of x070 on a CPU; None for as many as PyTorch uses.
 
     Raises:
         UserError: int8 was asked for and the model cannot be packed; the message says why.
     """
-    reason = refuses(model)
-    if reason is None:
+    if refuses(model) is None:
         return CPU7Form(model, dtype, threads)
+    reason = packing_refused(model)
+    if reason is None:
+        return PackedForm(model, dtype)
     if dtype == torch.int8:
         raise UserError(_("int8 is not possible here: {reason}", reason=reason))
     return GraphForm(model) if model.emb.weight.is_cuda else PlainForm(model)

@@ -10,11 +10,12 @@ import torch
 
 from rookery import formats, tokenizer
 from rookery.errors import UserError
+from rookery.formats.beside import beside
 from rookery.formats.load import sources_of
 from rookery.i18n import _
-from rookery.infer.cpu7 import shape_refused
-from rookery.infer.forms import Form, form_of
+from rookery.infer.forms import Form, form_of, shape_refused
 from rookery.models import Model
+from rookery.ops.native import numba_installed
 from rookery.tokenizer import Tokenizer
 from rookery.tokenizer.world import World
 
@@ -63,8 +64,8 @@ def open_form(path: str | Path, *, device: str = "auto", dtype: str = "auto", **
     if wanted == "auto" and on_cpu:
         tensors = formats.read_weights(sources_of(path).base)
         wanted = tensors["head.weight"].dtype
-        if wanted != torch.bfloat16 or shape_refused(formats.shape_of(tensors, str(path))):
-            wanted = torch.float32
+        packed = numba_installed() and not shape_refused(formats.shape_of(tensors, str(path)))
+        wanted = torch.bfloat16 if wanted == torch.bfloat16 and packed else torch.float32
     model, vocabulary = open_model(path, device=device, dtype=wanted, **options)
     return form_of(model, torch.int8 if dtype == "int8" else None), vocabulary
 
@@ -80,11 +81,8 @@ def find_tokenizer(path: str | Path, vocab_size: int, name: str = "") -> Tokeniz
     elif vocab_size == WORLD_SIZE:
         found = World()
     else:
-        sources = (Path(path), sources_of(path).base)
-        folders = [source if source.is_dir() else source.parent for source in sources]
-        kept = (tokenizer.load_beside(folder / "vocab") for folder in folders)
-        beside = next((vocabulary for vocabulary in kept if vocabulary), None)
-        if beside is None:
+        kept = beside(path)
+        if kept is None:
             raise UserError(
                 _(
                     "{path} has {size} token ids, so its tokenizer is not World, and neither vocab.json nor vocab.txt "
@@ -93,7 +91,7 @@ def find_tokenizer(path: str | Path, vocab_size: int, name: str = "") -> Tokeniz
                     size=vocab_size,
                 )
             )
-        found = beside
+        found = kept
     if found.vocab_size > vocab_size:
         raise UserError(
             _(

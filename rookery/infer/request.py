@@ -28,7 +28,9 @@ class Request:
         adapter: name of a mounted adapter; "" is the model as it is.
         logprobs: with each token its log-probability, and those of this many of the likeliest tokens; None for neither.
         constraint: the form the answer must have.
+        score: `logprobs` is meant of the prompt's tokens too, in `Handle.prompt`.
         embed: no answer, but `Handle.embedding`: the mean of what the head would see of the prompt's tokens.
+        silent: no answer, the prompt is only read.
         reuse: whether states of shared prefixes are taken from the engine's cache and left there.
     """
 
@@ -38,19 +40,21 @@ class Request:
     adapter: str = ""
     logprobs: int | None = None
     constraint: Constraint | None = None
+    score: bool = False
     embed: bool = False
+    silent: bool = False
     reuse: bool = True
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer.
+    """A token of an answer, or of a prompt.
 
     Attributes:
         id: its id.
         data: the bytes it stands for, perhaps not whole characters.
         logprob: natural logarithm of the probability that the model gave it, before sampling settings; None unless
-            asked for.
+            asked for, and of the first token of a prompt.
         top: the likeliest tokens at this place and their log-probabilities, as many as were asked for.
     """
 
@@ -106,6 +110,8 @@ class Handle:
         finish: "" until the end, then "stop", "length", "cancelled" or "error".
         usage: figures so far.
         embedding: for a request that asks for it, a vector of length 1 with the model's width; empty before its end.
+        prompt: for a request that asks for it, the tokens of the prompt; all are there before the first piece.
+        stopped_by: the stop token that ended the answer, described as the others are; None if none did.
     """
 
     def __init__(self, request: Request) -> None:
@@ -113,6 +119,8 @@ class Handle:
         self.finish: Finish = ""
         self.usage = Usage(prompt=len(request.prompt))
         self.embedding: list[float] = []
+        self.prompt: list[Token] = []
+        self.stopped_by: Token | None = None
         self.created = time.monotonic()
         self.cancelled = False
         self._error: BaseException | None = None

@@ -46,9 +46,12 @@ def test_a_schema_is_kept(model, world, seed) -> None:
 def test_an_expression_and_a_grammar_are_kept(model, world) -> None:
     got = answer(model, world, Constraint.regex(r"[0-9]{3}-[一二三]{2}"), seed=1)
     assert re.fullmatch(r"[0-9]{3}-[一二三]{2}", got.text)
-    got = answer(model, world, Constraint.lark('start: "(" start ")" | "x"'), seed=1)
-    assert re.fullmatch(r"\(*x\)*", got.text)
-    assert got.text.count("(") == got.text.count(")")
+    for grammar in ('start: "(" start ")" | "x"', 'root ::= "(" root ")" | "x"'):
+        got = answer(model, world, Constraint.rules(grammar), seed=1)
+        assert re.fullmatch(r"\(*x\)*", got.text)
+        assert got.text.count("(") == got.text.count(")")
+    choices = ['a "quoted" \\ one', "是|否", "(x)"]
+    assert {answer(model, world, Constraint.choice(choices), seed=seed).text for seed in range(9)} == set(choices)
 
 
 def test_a_vocabulary_without_an_end_is_served(model) -> None:
@@ -63,7 +66,9 @@ def test_a_vocabulary_without_an_end_is_served(model) -> None:
         lambda: Constraint.json_schema({"type": "nonsense"}),
         lambda: Constraint.json_schema("{"),
         lambda: Constraint.regex("(("),
-        lambda: Constraint.lark("start: absent"),
+        lambda: Constraint.rules("start: absent"),
+        lambda: Constraint.rules("root ::= absent"),
+        lambda: Constraint.rules('root ::= ("x"'),
     ],
 )
 def test_an_impossible_form_is_refused_when_it_is_asked_for(model, world, make) -> None:

@@ -12,7 +12,19 @@ import torch
 from rookery.adapters import AdapterConfig, adapter_tensors, attach
 from rookery.errors import UserError
 from rookery.formats import AdapterFile
-from rookery.infer import Busy, Closed, Engine, Handle, PlainForm, Request, Sampling, form_of, generate, read
+from rookery.infer import (
+    Busy,
+    Closed,
+    Engine,
+    Handle,
+    PackedForm,
+    PlainForm,
+    Request,
+    Sampling,
+    form_of,
+    generate,
+    read,
+)
 from rookery.models import State
 
 GREEDY = Sampling(temperature=0, alpha_presence=0, alpha_frequency=0, max_tokens=24)
@@ -50,7 +62,7 @@ PROMPTS = [
 ]
 
 
-@pytest.mark.parametrize("form", [PlainForm, form_of])
+@pytest.mark.parametrize("form", [PlainForm, PackedForm, form_of])
 def test_requests_that_join_at_any_time_get_the_answer_they_get_alone(model, world, form) -> None:
     """The likeliest token is ahead of the next by far more than rounding here, so it holds for every form; the packed
     one gives the same bits (test_forms)."""
@@ -212,7 +224,7 @@ def adapter_file(model, seed: int) -> AdapterFile:
     return AdapterFile(Path("trained.safetensors"), config, adapter_tensors(trained))
 
 
-@pytest.mark.parametrize("form", [PlainForm, form_of])
+@pytest.mark.parametrize("form", [PlainForm, PackedForm, form_of])
 def test_each_request_is_answered_with_its_adapter(model, world, form) -> None:
     model = copy.deepcopy(model)
     prompt = world.encode("a long enough prompt that would be shared if it were not for the adapter")

@@ -1,12 +1,26 @@
 """Packed forms against the model's own module, and against themselves: alone, beside others, in pieces, on threads."""
 
+import copy
+
 import pytest
 import torch
 
 from rookery.adapters import AdapterConfig, attach
 from rookery.errors import UserError
-from rookery.infer import CPU7Form, Engine, PlainForm, Request, Sampling, form_of, generate
+from rookery.formats import write_pth
+from rookery.infer import (
+    CPU7Form,
+    Engine,
+    PackedForm,
+    PlainForm,
+    Request,
+    Sampling,
+    form_of,
+    generate,
+    open_form,
+)
 from rookery.models import ModelShape, create, initialise
+from rookery.tokenizer import Character, save_beside
 
 TOKENS = [5, 100, 3000, 7, 65535, 0, 42, 17, 9, 1, 1, 2]
 
@@ -65,8 +79,6 @@ def test_smaller_weights_come_close(larger, dtype, tolerance, cuts) -> None:
 
 def test_bf16_weights_are_decoded_exactly(larger) -> None:
     """Only the weights are bf16: a model whose weights are bf16 numbers gives what it gives in fp32."""
-    import copy
-
     rounded = copy.deepcopy(larger).bfloat16()
     packed, _slots = walk(CPU7Form(rounded), TOKENS)
     plain, _slots = walk(PlainForm(copy.deepcopy(rounded).float()), TOKENS, (12,))
@@ -101,8 +113,6 @@ def test_a_sequence_gets_the_same_bits_alone_beside_others_in_pieces_and_on_thre
 
 @pytest.mark.parametrize("method", ["lora", "dora", "miss"])
 def test_an_adapter_is_packed_with_the_model(larger, method) -> None:
-    import copy
-
     model = copy.deepcopy(larger)
     base, _slots = walk(CPU7Form(model), TOKENS)
     attach(model, AdapterConfig(method, r=8, alpha=16))
@@ -142,11 +152,86 @@ def test_the_engine_answers_the_same_alone_and_beside_others(model, world, dtype
         assert [token.id for token in handle.result().tokens] == alone.sequence.tokens
 
 
-def test_what_cannot_be_packed_runs_plainly() -> None:
-    model = create(ModelShape("x060", 1, 32, 50, 16, 32, 64, {"mix": 8, "decay": 8}))
+@pytest.fixture(scope="module", params=["x052", "x060"])
+def older(request):
+    """Two layers of an older generation, every parameter random; a tuned state."""
+    ranks = {} if request.param == "x052" else {"mix": 8, "decay": 8}
+    model = create(ModelShape(request.param, 2, 64, 1003, 32, 64, 112, ranks))
     initialise(model, 1)
-    assert isinstance(form_of(model), PlainForm)
-    with pytest.raises(UserError, match="int8 is not possible here: only x070 is packed"):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 0.3
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+        for block in model.blocks:
+            block.att.time_state = torch.nn.Parameter(torch.randn(2, 32, 32, generator=generator))
+    return model.eval()
+
+
+LONGER = TOKENS * 4
+"""More rows than the loops for a few take."""
+
+
+@pytest.mark.parametrize("cuts", [(), (48,), (3, 40)])
+def test_older_generations_are_packed(older, cuts) -> None:
+    plain, theirs = walk(PlainForm(older), LONGER, (48,))
+    form = form_of(older)
+    assert (type(form), form.name, form.model) == (PackedForm, "packed float32", older)
+    packed, ours = walk(form, LONGER, cuts, slot=2, count=3)
+    torch.testing.assert_close(packed, plain, rtol=1e-4, atol=1e-4)
+    for name in ("att_shift", "wkv", "ffn_shift"):
+        torch.testing.assert_close(getattr(ours, name)[:, 2], getattr(theirs, name)[:, 0], rtol=1e-4, atol=1e-4)
+        assert not getattr(ours, name)[:, :2].any(), "the other slots are as they were"
+
+
+def test_older_generations_with_smaller_weights(older) -> None:
+    plain, _slots = walk(PlainForm(older), LONGER, (48,))
+    rounded = copy.deepcopy(older).bfloat16()
+    exact, _slots = walk(PlainForm(copy.deepcopy(rounded).float()), LONGER, (48,))
+    one_by_one, _slots = walk(form_of(rounded), LONGER)
+    torch.testing.assert_close(one_by_one, exact, rtol=1e-4, atol=1e-4)
+    for dtype, tolerance in ((torch.bfloat16, 0.03), (torch.int8, 0.06)):
+        for cuts in ((), (48,)):
+            packed, _slots = walk(form_of(rounded, dtype), LONGER, cuts)
+            assert 1e-4 < (packed - plain).norm() / plain.norm() < tolerance
+
+
+def test_an_adapter_is_packed_with_an_older_model(older) -> None:
+    model = copy.deepcopy(older)
+    base, _slots = walk(PackedForm(model), TOKENS)
+    attach(model, AdapterConfig("lora", r=8, alpha=16))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapters." in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    plain, _slots = walk(PlainForm(model.eval()), TOKENS, (12,))
+    packed, _slots = walk(PackedForm(model), TOKENS)
+    torch.testing.assert_close(packed, plain, rtol=1e-3, atol=1e-3)
+    assert (packed - base).abs().max() > 0.1
+
+
+def test_what_cannot_be_packed_runs_plainly() -> None:
+    model = create(ModelShape("x060", 1, 24, 50, 8, 24, 64, {"mix": 8, "decay": 8}))
+    initialise(model, 1)
+    assert type(form_of(model)) is PlainForm
+    with pytest.raises(UserError, match="int8 is not possible here: widths are no multiples of 16"):
         form_of(model, torch.int8)
     with pytest.raises(ValueError, match="only x070"):
         CPU7Form(model)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        PackedForm(model)
+
+
+@pytest.mark.parametrize("version", ["x052", "x060", "x070"])
+def test_bf16_files_stay_bf16_and_int8_is_had(version, tmp_path) -> None:
+    ranks = {"x052": {}, "x060": {"mix": 8, "decay": 8}, "x070": dict.fromkeys("wavg", 16)}[version]
+    vocabulary = Character(list("abc"))
+    model = create(ModelShape(version, 1, 32, 3, 32, 32, 128, ranks))
+    initialise(model, 1)
+    save_beside(vocabulary, tmp_path / "vocab")
+    write_pth(tmp_path / "model.pth", {name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
+    kind = "cpu7" if version == "x070" else "packed"
+    for dtype, name in (("auto", "bfloat16"), ("bf16", "bfloat16"), ("int8", "int8"), ("fp32", "float32")):
+        form, _vocabulary = open_form(tmp_path / "model.pth", device="cpu", dtype=dtype)
+        assert form.name == f"{kind} {name}"

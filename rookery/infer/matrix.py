@@ -1,0 +1,143 @@
+"""Weights of matrices for inference on a CPU: fp32, bf16, or int8 with a scale for each row, computed with in fp32.
+
+One row or a few are multiplied by the compiled loops of `rookery.ops.decode7_numba`, which read the weights as they lie
+in memory; many by oneDNN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rookery.adapters import Method
+from rookery.models import Model
+from rookery.ops.linear import Linear
+from rookery.ops.native import numba_installed
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""Number of each format of weights in the compiled code."""
+
+UNIT = 16
+"""Numbers that the compiled code takes at a time."""
+
+FEW = 32
+"""Rows from which on oneDNN is faster."""
+
+
+def refused(model: Model) -> str | None:
+    """Why the weights of `model` cannot be packed, or None."""
+    if model.emb.weight.device.type != "cpu":
+        return "the model is not on a CPU"
+    if model.emb.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"weights are {model.emb.weight.dtype}"
+    if not numba_installed():
+        return "Numba is not installed (pip install numba)"
+    return None
+
+
+@dataclass
+class Matrix:
+    """A weight (out, in), contiguous; int8 ones have a scale for each row, (out) fp32."""
+
+    data: Tensor
+    scales: Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype) -> Matrix:
+        """`weight` in another format; it is shared, not copied, where it has that already."""
+        weight = weight.detach()
+        if dtype != torch.int8:
+            return cls(weight.to(dtype).contiguous())
+        data = torch.empty(weight.shape, dtype=torch.int8)
+        scales = torch.empty(len(weight))
+        for rows in torch.arange(len(weight)).split(4096):
+            part = weight[rows].float()
+            scales[rows] = part.abs().amax(1).clamp_min(1e-30) / 127
+            data[rows] = (part / scales[rows, None]).round().to(torch.int8)
+        return cls(data, scales)
+
+    @property
+    def kind(self) -> int:
+        return KINDS[self.data.dtype]
+
+    def entry(self) -> list[int]:
+        """What the compiled code is told of it."""
+        rows, size = self.data.shape
+        scales = self.scales.data_ptr() if self.scales is not None else 0
+        return [self.data.data_ptr(), rows, size, size * self.data.element_size(), scales]
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (T, in) times the weight's transpose, in the dtype of `x`."""
+        if len(x) == 1:
+            # One row alone is summed in another order than each of two or more, whatever their number.
+            return self.product(x.repeat(2, 1))[:1]
+        y = _linear(x, self.data.to(x.dtype))
+        return y if self.scales is None else y.mul_(self.scales)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    if torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return torch.nn.functional.linear(x, weight)
+
+
+class PackedLinear(nn.Module):
+    """Stands for a `Linear`, the adapters that are switched on merged into it; its weight is no parameter.
+
+    Args:
+        dtype: of the weight: fp32, bf16 or int8.
+    """
+
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.matrix = Matrix.of(whole(linear), dtype)
+        self._entry = np.array(self.matrix.entry(), np.int64)
+        self._compute = torch.bfloat16 if dtype != torch.float32 and fast_bf16() else torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product of x (..., in), fp32; fp32."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = self._few(rows.contiguous()) if len(rows) < FEW else self._many(rows)
+        return y.view(*x.shape[:-1], -1)
+
+    def _many(self, x: Tensor) -> Tensor:
+        return self.matrix.product(x.to(self._compute)).float()
+
+    def _few(self, x: Tensor) -> Tensor:
+        from rookery.ops import decode7_numba
+        from rookery.ops.jit import share_out, static
+
+        y = torch.empty(len(x), len(self.matrix.data))
+        work = -(-y.shape[1] // 64)
+        share_out(decode7_numba.rows_of_product, work, static(self.matrix.kind), self._entry, x.numpy(), y.numpy())
+        return y
+
+
+class WideEmbedding(nn.Module):
+    """Stands for an `Embedding`: its rows as fp32. Its weight, shared, is no parameter."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._rows = embedding.weight.detach()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self._rows[tokens].float()
+
+
+def whole(linear: Linear) -> Tensor:
+    """The weight of a matrix with its adapters in it."""
+    weight = linear.dense().detach()
+    methods = [method for method in linear.adapters.values() if method.enabled and isinstance(method, Method)]
+    if not methods:
+        return weight
+    exact = weight.float()
+    return sum((method.merged(exact).detach() - exact for method in methods), exact)
+
+
+def fast_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices faster than fp32 ones."""
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in known if check)
