@@ -62,3 +62,5 @@ def convert(
             size=f"{done.bytes / 1e6:,.1f}",
         )
     )
+    if done.vocabulary:
+        typer.echo(_("vocabulary: {path}", path=done.vocabulary))

@@ -24,7 +24,7 @@ def init(
     With --load_model they come from that model, which may grow to the layers, width and token ids that are given."""
     parsed = parse(context.args)
     source = parsed.config.model.load_model
-    facts = None
+    facts = vocabulary = data_facts = None
     if source:
         from dataclasses import asdict
 
@@ -32,9 +32,16 @@ def init(
 
         tensors = read_weights(source)
         facts = asdict(shape_of(tensors, source)) | {"file": source}
+    elif not parsed.config.model.vocab_size and parsed.config.data.data_file:
+        from rookery.data import open_datasets
+
+        dataset, _validation = open_datasets(parsed.config.data, vocab_size=parsed.config.model.vocab_size)
+        vocabulary, data_facts = dataset.tokenizer, vars(dataset.facts)
+    elif parsed.config.model.vocab_size == 0:
+        raise UserError(_("--vocab_size 0 makes a vocabulary of the data: give --data_file"))
     # Stage 1 is where a loaded model may grow.
     parsed.config.run.train_stage = 1
-    resolved = resolve(parsed.config, parsed.origins, model_facts=facts)
+    resolved = resolve(parsed.config, parsed.origins, model_facts=facts, data_facts=data_facts)
     config = resolved.config
     tell(parsed)
     tell(resolved)
@@ -45,6 +52,7 @@ def init(
     import torch
 
     from rookery.formats import combine, write_pth
+    from rookery.formats.beside import carry, carry_from
     from rookery.models import ModelShape, create, initialise
 
     model = create(ModelShape.of_config(config.model))
@@ -53,6 +61,7 @@ def init(
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(str(config.run.precision), torch.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_pth(path, {name: tensor.to(dtype) for name, tensor in initial.items()})
+    kept = carry(vocabulary, path) if vocabulary else carry_from(source, path) if source else None
     size = sum(tensor.numel() for tensor in model.parameters())
     typer.echo(
         _(
@@ -64,3 +73,5 @@ def init(
             size=f"{size:,}",
         )
     )
+    if kept:
+        typer.echo(_("vocabulary: {path}, {size} ids", path=kept, size=config.model.vocab_size))

@@ -58,6 +58,8 @@ def merge(
         _("{path}: {base} with the {kind}, {size} MB", path=out, base=base, kind=_(KINDS[done.kind]),
           size=f"{done.bytes / 1e6:,.1f}")
     )  # fmt: skip
+    if done.vocabulary:
+        typer.echo(_("vocabulary: {path}", path=done.vocabulary))
     if done.difference is not None:
         typer.echo(
             _(

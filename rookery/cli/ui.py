@@ -32,9 +32,9 @@ def ui(
     """Open the web console: train, watch, chat and merge in a browser. Ctrl-C ends it; training goes on."""
     import uvicorn
 
+    from rookery.serve.guard import is_loopback
     from rookery.ui.app import create_app
     from rookery.ui.console import Console
-    from rookery.ui.security import is_loopback
     from rookery.ui.settings import default_file
 
     folders = folder or [Path.cwd()]

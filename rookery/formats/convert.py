@@ -16,6 +16,7 @@ from rookery.formats import ai00, gguf, hf, states
 from rookery.formats.adapter import read_adapter, write_adapter
 from rookery.formats.adapter_old import split
 from rookery.formats.adapter_peft import is_peft, write_peft
+from rookery.formats.beside import carry_from
 from rookery.formats.load import assign
 from rookery.formats.source import Source
 from rookery.formats.stream import AI00, Pending, Place, Progress, write_pth, write_weights
@@ -48,6 +49,8 @@ class Converted:
     target: str
     tensors: int
     bytes: int
+    vocabulary: Path | None = None
+    """Written beside it, where the format has no place for it."""
 
 
 def convert(
@@ -114,7 +117,10 @@ def convert(
         write_weights(out, _pending(source, ai00.place, torch.float16), progress=progress)
     else:
         write_weights(out, _pending(source, Place, dtype), metadata=source.metadata(), progress=progress)
-    return Converted(out, kind, target, len(source.shapes), _size(out))
+    vocabulary_file = None
+    if kind == "model" and target not in ("gguf", "hf"):
+        vocabulary_file = carry_from(path, out)
+    return Converted(out, kind, target, len(source.shapes), _size(out), vocabulary_file)
 
 
 def _holds_adapter(file: Path) -> bool:

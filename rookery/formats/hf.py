@@ -174,7 +174,8 @@ def write(
     with _replacing(folder) as beside:
         start = 0
         for name, shard in shards.items():
-            write_weights(beside / name, shard, progress=_part_of(progress, start, total))
+            part = _part_of(progress, start, total)
+            write_weights(beside / name, shard, progress=part, called=folder / name)
             start += sum(tensor.bytes for tensor in shard)
         if len(shards) > 1:
             where = {tensor.name: name for name, shard in shards.items() for tensor in shard}
@@ -220,7 +221,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
         for file in beside.iterdir():
             os.replace(file, folder / file.name)
     except OSError as error:
-        raise UserError(_("cannot write {path}: {error}", path=folder, error=error)) from error
+        raise UserError(_("cannot write {path}: {error}", path=folder, error=error.strerror or error)) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -117,6 +117,22 @@ def sources_of(path: str | Path) -> Sources:
     return Sources(base, path, None, divisor) if tuned == "state" else Sources(base, None, path, divisor)
 
 
+def files_of(path: str | Path) -> list[Path]:
+    """The files that `load` takes for `path`: of a run directory its newest weights, or the model that it began with
+    and the newest that it trained.
+
+    Raises:
+        UserError: as `load`.
+    """
+    sources = sources_of(path)
+    files = [weight_file(sources.base)]
+    if sources.state is not None:
+        files.append(weight_file(sources.state))
+    if sources.adapter is not None:
+        files.append(read_adapter(sources.adapter).path)
+    return files
+
+
 def _begun_in(run: Path, proj_dir: str) -> Path:
     """The folder that the paths in a run's configuration start from: its run directory is `proj_dir` from there."""
     own, relative = run.resolve().parts, Path(proj_dir).parts

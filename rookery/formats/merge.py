@@ -15,6 +15,7 @@ from rookery.adapters import check_tensors, create
 from rookery.errors import UserError
 from rookery.formats.adapter import AdapterFile, read_adapter
 from rookery.formats.adapter_old import split
+from rookery.formats.beside import carry_from
 from rookery.formats.load import read_state, sources_of
 from rookery.formats.probe import probe
 from rookery.formats.source import Source
@@ -42,6 +43,8 @@ class Merged:
     """Largest difference of a logit between the merged model and the base with the adapter; None when not checked."""
     effect: float | None
     """Largest change of a logit by the adapter."""
+    vocabulary: Path | None
+    """Written beside it; None if it is World, or lies there already."""
 
 
 def merge(
@@ -88,14 +91,16 @@ def merge(
     # Beside its place, so that it can take it at once, and under its ending, which says its format.
     unchecked = out.with_name(f"{out.stem}.{os.getpid()}.unchecked{out.suffix}")
     try:
-        write_weights(unchecked, tensors, progress=progress)
+        write_weights(unchecked, tensors, progress=progress, called=out)
         seen = _compare(source, found, states, unchecked, out) if check else (None, None)
         os.replace(unchecked, out)
     except OSError as error:
-        raise UserError(_("cannot write {path}: {error}", path=out, error=error)) from error
+        raise UserError(_("cannot write {path}: {error}", path=out, error=error.strerror or error)) from error
     finally:
         unchecked.unlink(missing_ok=True)
-    return Merged(out, "state" if found is None else "adapter", out.stat().st_size, *seen)
+    kind = "state" if found is None else "adapter"
+    difference, effect = seen
+    return Merged(out, kind, out.stat().st_size, difference, effect, carry_from(base, out))
 
 
 def _read(

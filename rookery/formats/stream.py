@@ -78,12 +78,14 @@ def write_weights(
     *,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    called: Path | None = None,
 ) -> None:
     """Write a flat name -> tensor file: safetensors if it is called .safetensors or .st, else a .pth as `torch.save`
     writes it.
 
     Args:
         metadata: of a safetensors file; {"format": "pt"} when left out, which other readers ask for.
+        called: what a message calls the file, where it is on its way to that place.
 
     Raises:
         UserError: the file cannot be written, or has no place for a dtype.
@@ -92,7 +94,7 @@ def write_weights(
     for tensor in tensors:
         if tensor.dtype not in _SAFETENSORS_DTYPES:
             raise UserError(_("{name} is {dtype}, which cannot be written", name=tensor.name, dtype=tensor.dtype))
-    with replacing(path) as beside, open(beside, "wb") as file:
+    with replacing(path, called) as beside, open(beside, "wb") as file:
         if path.suffix.lower() in SAFETENSORS:
             _write_safetensors(file, tensors, metadata or {"format": "pt"}, progress)
         else:
@@ -106,8 +108,9 @@ def write_pth(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A place to write a file that takes the place of `path` when all went well, and leaves no trace otherwise."""
+def replacing(path: Path, called: Path | None = None) -> Iterator[Path]:
+    """A place to write a file that takes the place of `path` when all went well, and leaves no trace otherwise; a
+    message names `called` instead, if that is given."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
@@ -115,7 +118,9 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise UserError(_("cannot write {path}: {error}", path=path, error=error)) from error
+        raise UserError(
+            _("cannot write {path}: {error}", path=called or path, error=error.strerror or error)
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
 

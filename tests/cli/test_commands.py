@@ -14,6 +14,7 @@ import typer
 from rookery import cli
 from rookery.cli import COMMANDS, run
 from rookery.errors import Interrupted, UserError
+from rookery.infer import open_model
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -176,3 +177,19 @@ def test_a_reader_that_goes_away_is_not_told_of_a_fault() -> None:
     process.stdout.close()
     _out, error = process.communicate(timeout=60)
     assert error == b""
+
+
+def test_a_new_model_has_the_vocabulary_of_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "corpus.txt"
+    text.write_text("a short text of few characters. " * 40, encoding="utf-8")
+    words = ["init", "--n_layer", "1", "--n_embd", "64", "--vocab_size", "0"]
+    out = tmp_path / "new" / "small.pth"
+    assert run([*words, "--data_file", str(text), "-o", str(out)]) == 0
+    characters = len(set(text.read_text(encoding="utf-8")))
+    assert f"vocabulary: {out.with_name('small.vocab.json')}, {characters} ids" in capsys.readouterr().out
+    model, vocabulary = open_model(out, device="cpu")
+    assert (model.shape.vocab_size, vocabulary.vocab_size) == (characters, characters)
+    assert vocabulary.decode(vocabulary.encode("short")) == "short"
+    assert run([*words, "-o", str(tmp_path / "none.pth")]) == 2
+    assert "give --data_file" in capsys.readouterr().err
+    assert not (tmp_path / "none.pth").exists()

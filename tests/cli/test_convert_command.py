@@ -50,6 +50,27 @@ def test_a_directory_for_hugging_face_is_a_model_to_talk_to(model: Path, tmp_pat
     assert vocabulary.encode("User: 你好") == VOCABULARY.encode("User: 你好")
 
 
+@pytest.mark.parametrize("out", ["other/small.pth", "other/small.safetensors", "other/small.st"])
+def test_a_vocabulary_goes_with_its_model(out: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert convert(model, "-o", tmp_path / out) == 0
+    assert f"vocabulary: {tmp_path / 'other' / 'small.vocab.txt'}" in capsys.readouterr().out
+    _loaded, vocabulary = open_model(tmp_path / out, device="cpu")
+    assert vocabulary.encode("User: 你好") == VOCABULARY.encode("User: 你好")
+    assert convert(model, "-o", model / "copy.safetensors") == 0
+    assert "vocabulary:" not in capsys.readouterr().out, "the folder has it"
+    assert not list(model.glob("copy.vocab*"))
+    save_beside(World.compact("好"), tmp_path / "other" / "vocab")
+    again = open_model(tmp_path / out, device="cpu")[1]
+    assert again.encode("你好") == VOCABULARY.encode("你好"), "its own comes first"
+
+
+def test_a_vocabulary_goes_with_what_is_merged(model: Path, tmp_path: Path) -> None:
+    write_pth(tmp_path / "state.pth", {f"blocks.{layer}.att.time_state": torch.zeros(1, 64, 64) for layer in range(2)})
+    assert run(["merge", *map(str, (model, tmp_path / "state.pth", "-o", tmp_path / "merged.pth"))]) == 0
+    _loaded, vocabulary = open_model(tmp_path / "merged.pth", device="cpu")
+    assert vocabulary.encode("你好") == VOCABULARY.encode("你好")
+
+
 def test_to_says_the_format_when_the_ending_does_not(model: Path, tmp_path: Path) -> None:
     assert convert(model, "-o", tmp_path / "folder.v2", "--to", "hf", "--dtype", "bf16") == 0
     assert read_weights(tmp_path / "folder.v2")["emb.weight"].dtype == torch.bfloat16

@@ -56,6 +56,22 @@ def test_merge_says_what_it_did_and_checked(adapter: Path, tmp_path: Path, capsy
     assert "已核对" in capsys.readouterr().out
 
 
+def test_a_disk_that_is_full(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told by the name that was given, and nothing is left."""
+    resource = pytest.importorskip("resource", reason="Windows limits no sizes")
+    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        for out in (tmp_path / "merged.pth", tmp_path / "merged.safetensors"):
+            assert run(["merge", str(BASE), str(adapter), "-o", str(out)]) == 2
+            assert told(capsys).endswith(f"cannot write {out}: File too large")
+        assert run(["convert", str(BASE), "-o", str(tmp_path / "hf"), "--tokenizer", "none"]) == 2
+        assert told(capsys).endswith(f"cannot write {tmp_path / 'hf' / 'model.safetensors'}: File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_merge_a_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "merged.safetensors"
     assert run(["merge", str(BASE), str(GOLDEN / "x070_time_state.safetensors"), "-o", str(out)]) == 0
