@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import secrets
 import time
@@ -232,6 +233,7 @@ class CompletionWriter:
         self.logprobs = asked.requests[0].logprobs is not None
         self._echoes = [echo for echo in asked.echoes for _answer in range(frame.n)]
         self._offsets = [0] * len(handles)
+        self._decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _handle in handles]
 
     async def whole(self, pieces: Pieces) -> Completion:
         """The answer when all of it is there."""
@@ -245,7 +247,7 @@ class CompletionWriter:
             TextChoice(
                 index=index,
                 text=texts[index],
-                logprobs=self._logprobs(index, tokens[index]),
+                logprobs=self._logprobs(index, [*handle.prompt, *tokens[index], *_ending(handle)]),
                 finish_reason=_finish_reason(handle.finish),
             )
             for index, handle in enumerate(self.handles)
@@ -255,12 +257,14 @@ class CompletionWriter:
 
     async def events(self, pieces: Pieces, with_usage: bool) -> AsyncIterator[str]:
         """The answer as it comes, as JSON texts."""
-        for index, echo in enumerate(self._echoes):
-            yield self._chunk(index, Piece(echo, ()), with_usage)
+        unsaid = dict(enumerate(self._echoes))
         async for index, piece in pieces:
+            handle = self.handles[index]
+            if index in unsaid:
+                yield self._chunk(index, Piece(unsaid.pop(index), tuple(handle.prompt)), with_usage)
             if piece is None:
-                finish = _finish_reason(self.handles[index].finish)
-                yield self._chunk(index, Piece("", ()), with_usage, finish)
+                finish = _finish_reason(handle.finish)
+                yield self._chunk(index, Piece("", _ending(handle)), with_usage, finish)
             else:
                 yield self._chunk(index, piece, with_usage)
         if with_usage:
@@ -276,20 +280,24 @@ class CompletionWriter:
     def _logprobs(self, index: int, tokens: Iterable[Token]) -> TextLogprobs | None:
         if not self.logprobs:
             return None
-        texts, values, tops, offsets = [], [], [], []
+        texts: list[str] = []
+        values: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
+        offsets: list[int] = []
         for token in tokens:
-            text = token.data.decode("utf-8", "replace")
-            texts.append(text)
-            values.append(_finite(token.logprob))
-            tops.append(
-                {
-                    data_of(self.frame.tokenizer, id).decode("utf-8", "replace"): _finite(value)
-                    for id, value in token.top
-                }
-            )
+            texts.append(token.data.decode("utf-8", "replace"))
+            values.append(None if token.logprob is None else _finite(token.logprob))
+            tops.append(None if token.logprob is None else self._top(token))
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(text)
+            # A character of several tokens is there with the last of them.
+            self._offsets[index] += len(self._decoders[index].decode(token.data))
         return TextLogprobs(tokens=texts, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
+
+    def _top(self, token: Token) -> dict[str, float]:
+        """The likeliest tokens by their text; of several that are pieces of a character, and so have none of their own,
+        the likeliest."""
+        described = ((data_of(self.frame.tokenizer, id), value) for id, value in reversed(token.top))
+        return {data.decode("utf-8", "replace"): _finite(value) for data, value in described}
 
 
 def embeddings(model: str, handles: list[Handle], encoding: str) -> Embeddings:
@@ -308,6 +316,12 @@ def embeddings(model: str, handles: list[Handle], encoding: str) -> Embeddings:
         model=model,
         usage=EmbeddingUsage(prompt_tokens=prompt, total_tokens=prompt),
     )
+
+
+def _ending(handle: Handle) -> tuple[Token, ...]:
+    """The token that ended the answer, where it was the end of a document. Clients that count back from the last
+    token, as lm-eval does, need it among the others; it has no text."""
+    return () if handle.stopped_by is None else (handle.stopped_by,)
 
 
 def _finish_reason(finish: Finish) -> FinishReason:

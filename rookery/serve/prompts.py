@@ -68,9 +68,12 @@ class Prompter:
         if tools:
             messages = chat.with_tools(messages, [tool.model_dump(exclude_unset=True) for tool in tools])
         wanted = THINKING[asked.reasoning_effort] if asked.reasoning_effort else self.thinking
-        constraint = _constraint(asked)
-        if forced and constraint:
-            raise ApiError(400, _("response_format and a call that must be made exclude each other."))
+        constraint, structure = _constraint(asked), _structure(asked)
+        if sum(map(bool, (forced, constraint, structure))) > 1:
+            raise ApiError(
+                400, _("response_format, structured_outputs and a call that must be made exclude each other.")
+            )
+        constraint = constraint or structure
         if forced:
             constraint = Constraint.json_schema(_call_schema(forced))
         # A form holds from the first token on, which leaves no room for thoughts.
@@ -102,14 +105,25 @@ class Prompter:
             raise ApiError(400, _("This model cannot fill in text before a suffix."), param="suffix")
         if asked.best_of is not None and asked.best_of != (asked.n or 1):
             raise ApiError(400, _("best_of other than n is not supported."), param="best_of")
-        if asked.echo and asked.logprobs is not None:
-            raise ApiError(400, _("echo with logprobs is not supported."), param="logprobs")
-        sampling = self._sampling(asked, self._longest(asked.max_tokens, COMPLETION_TOKENS), ())
+        silent = asked.max_tokens == 0
+        sampling = self._sampling(asked, 1 if silent else self._longest(asked.max_tokens, COMPLETION_TOKENS), ())
+        scored = bool(asked.echo) and asked.logprobs is not None
+        constraint = _structure(asked)
         prompts = self._prompts(asked.prompt)
         requests = [
             copy
             for prompt in prompts
-            for copy in _copies(Request(prompt, sampling, logprobs=asked.logprobs), asked.n or 1)
+            for copy in _copies(
+                Request(
+                    prompt,
+                    sampling,
+                    logprobs=asked.logprobs,
+                    constraint=constraint,
+                    score=scored,
+                    silent=silent,
+                ),
+                asked.n or 1,
+            )
         ]
         return Completions(requests, [self._text(prompt) for prompt in prompts] if asked.echo else [])
 
@@ -150,6 +164,8 @@ class Prompter:
         return min(asked or default, most)
 
     def _sampling(self, asked: Choosing, max_tokens: int, stop: tuple[str, ...]) -> Sampling:
+        # Who asks for the likeliest token does not mean the likeliest but for those that were said already.
+        plain = {"alpha_presence": 0.0, "alpha_frequency": 0.0} if asked.temperature == 0 else {}
         given: dict[str, Any] = {
             "temperature": asked.temperature,
             "top_p": asked.top_p,
@@ -164,7 +180,7 @@ class Prompter:
         own = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         return replace(
             self.sampling,
-            **{name: value for name, value in given.items() if value is not None},
+            **(plain | {name: value for name, value in given.items() if value is not None}),
             logit_bias=tuple((int(token), amount) for token, amount in (asked.logit_bias or {}).items()),
             stop=(*own, *stop),
             token_stop=() if end is None else (end,),
@@ -235,6 +251,26 @@ def _constraint(asked: ChatRequest) -> Constraint | None:
     if isinstance(wanted, SchemaFormat):
         return Constraint.json_schema(wanted.json_schema.form or {"type": "object"})
     return None
+
+
+def _structure(asked: Choosing) -> Constraint | None:
+    wanted = asked.structured_outputs
+    if wanted is None:
+        return None
+    makers = {
+        "form": Constraint.json_schema,
+        "regex": Constraint.regex,
+        "choice": Constraint.choice,
+        "grammar": Constraint.rules,
+    }
+    given = [name for name in makers if getattr(wanted, name) is not None]
+    if len(given) != 1:
+        raise ApiError(
+            400,
+            _("structured_outputs holds one of json, regex, choice and grammar."),
+            param="structured_outputs",
+        )
+    return makers[given[0]](getattr(wanted, given[0]))
 
 
 def _forced(asked: ChatRequest, tools: list[Tool]) -> list[Tool]:

@@ -129,6 +129,17 @@ class StreamOptions(Loose):
     include_obfuscation: bool | None = None
 
 
+class Structure(Asked):
+    """The form of an answer, as vLLM takes it; one of these."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    form: dict[str, Any] | None = Field(None, alias="json", description="A JSON schema")
+    regex: Annotated[str, StringConstraints(min_length=1)] | None = Field(None, description="In Rust's syntax")
+    choice: Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)] | None = None
+    grammar: Annotated[str, StringConstraints(min_length=1)] | None = Field(None, description="Lark's, or GBNF")
+
+
 class Choosing(Asked):
     """What chat and plain completions have in common."""
 
@@ -151,6 +162,7 @@ class Choosing(Asked):
     penalty_decay: float | None = Field(None, ge=0, le=1, description="Rookery: how the penalties fade at each token")
     state: str | None = Field(None, description="Rookery: a mounted state; '' for none; left out: `default`, if any")
     adapter: str | None = Field(None, description="Rookery: a mounted adapter; likewise")
+    structured_outputs: Structure | None = Field(None, description="Rookery: the form of the answer")
 
 
 class ChatRequest(Choosing):
@@ -183,7 +195,8 @@ class CompletionRequest(Choosing):
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_ANSWERS)]
     ) = Field(description="Text or token ids; an empty text begins a document")
-    logprobs: int | None = Field(None, ge=0, le=20)
+    max_tokens: int | None = Field(None, ge=0, description="Longest answer; 0 for none")
+    logprobs: int | None = Field(None, ge=0, le=20, description="With `echo`, of the prompt's tokens too")
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=MOST_ANSWERS)
     suffix: str | None = None
@@ -300,8 +313,8 @@ class ChatChunk(BaseModel):
 
 class TextLogprobs(BaseModel):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None] = Field(description="None for the first token of a prompt")
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

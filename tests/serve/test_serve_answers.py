@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 
 import httpx
 import numpy as np
@@ -166,6 +167,25 @@ def test_an_answer_has_the_form_of_a_schema(knowing) -> None:
     assert ask(knowing, response_format={"type": "text"}).choices[0].message.content == HELLO
 
 
+def test_an_answer_has_any_other_form(knowing) -> None:
+    forms = {
+        "regex": ("[0-9]{3}-[a-f]", r"[0-9]{3}-[a-f]"),
+        "choice": (["yes", "no"], "yes|no"),
+        "grammar": ('root ::= "(" root ")" | "x"', r"\(*x\)*"),
+        "json": ({"type": "integer", "minimum": 0, "maximum": 9}, "[0-9]"),
+    }
+    for kind, (form, expected) in forms.items():
+        extra = {"structured_outputs": {kind: form}}
+        assert re.fullmatch(expected, ask(knowing, extra_body=extra, max_tokens=300).choices[0].message.content), kind
+        plain = knowing.client.completions.create(model="clerk", prompt="Is it?", max_tokens=300, extra_body=extra)
+        assert re.fullmatch(expected, plain.choices[0].text), kind
+    for wrong in ({}, {"regex": "a", "choice": ["a"]}, {"regex": "(("}, {"grammar": "root ::= absent"}, {"other": 1}):
+        with pytest.raises(openai.BadRequestError):
+            ask(knowing, extra_body={"structured_outputs": wrong})
+    with pytest.raises(openai.BadRequestError, match="exclude each other"):
+        ask(knowing, response_format={"type": "json_object"}, extra_body={"structured_outputs": {"regex": "a"}})
+
+
 def test_log_probabilities(knowing, clerk) -> None:
     content = ask(knowing, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert "".join(token.token for token in content) == f" {HELLO}"
@@ -265,6 +285,46 @@ def test_log_probabilities_of_plain_completions(knowing) -> None:
         assert top[token] == max(top.values()) == value
 
 
+def test_log_probabilities_of_a_prompt(knowing, clerk) -> None:
+    model, vocabulary = open_model(clerk, device="cpu")
+    prompt = vocabulary.encode("User: Hi\n\nAssistant: Hello, 世界!" + 70 * " Hi")
+    asked = {"model": "clerk", "prompt": [prompt, prompt[:5]], "echo": True, "logprobs": 2, "max_tokens": 1}
+    first, second = knowing.client.completions.create(**asked).choices
+    assert first.text.startswith(vocabulary.decode(prompt))
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
+    found = first.logprobs
+    assert len(found.tokens) == len(prompt) + 1, "the prompt and what was added"
+    assert "".join(found.tokens) == first.text
+    assert found.text_offset == list(range(len(first.text)))
+    assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+    given = expected[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    assert found.token_logprobs[1:-1] == pytest.approx(given.tolist(), abs=1e-4)
+    for top, row in zip(found.top_logprobs[1:], expected, strict=True):
+        assert sorted(top.values(), reverse=True) == pytest.approx(row.topk(2).values.tolist(), abs=1e-4)
+    assert second.logprobs.token_logprobs[1:5] == pytest.approx(found.token_logprobs[1:5], abs=1e-4)
+    only = knowing.client.completions.create(**asked | {"max_tokens": 0})
+    assert [choice.text for choice in only.choices] == [vocabulary.decode(prompt), "User:"]
+    assert only.choices[0].logprobs.token_logprobs[1:] == pytest.approx(found.token_logprobs[1:-1], abs=1e-4)
+    assert only.choices[0].finish_reason == "length"
+    assert only.usage.completion_tokens == 0
+    chunks = list(knowing.client.completions.create(**asked | {"prompt": prompt, "stream": True}))
+    streamed = [value for chunk in chunks if chunk.choices[0].logprobs for value in chunk.choices[0].logprobs.tokens]
+    assert streamed == found.tokens
+
+
+def test_the_end_of_a_document_is_counted_among_the_tokens(knowing) -> None:
+    """lm-eval asks for one token more than it wants to know of, and leaves the last one out, whatever it is."""
+    prompt = "User: Hi\n\nAssistant: Hello, 世界! 🐦\n\n"
+    asked = {"model": "clerk", "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 1}
+    choice = knowing.client.completions.create(**asked, logit_bias={"0": 100}).choices[0]
+    assert (choice.text, choice.finish_reason) == (prompt, "stop")
+    assert len(choice.logprobs.tokens) == len(prompt) + 1
+    assert choice.logprobs.tokens[-1] == ""
+    [plain] = knowing.client.completions.create(**asked | {"echo": False}, logit_bias={"0": 100}).choices
+    assert len(plain.logprobs.token_logprobs) == 1
+
+
 def test_embeddings(knowing, clerk) -> None:
     texts = ["Hi", "User: Go"]
     answer = knowing.client.embeddings.create(model="clerk", input=texts, encoding_format="float")
@@ -334,7 +394,7 @@ def test_what_is_wrong_is_told_in_openais_form(knowing, change, error, param, co
 
 
 @pytest.mark.parametrize(
-    "change", [{"suffix": "x"}, {"best_of": 3}, {"echo": True, "logprobs": 1}, {"prompt": [[]]}, {"prompt": [4000]}]
+    "change", [{"suffix": "x"}, {"best_of": 3}, {"max_tokens": -1}, {"prompt": [[]]}, {"prompt": [4000]}]
 )
 def test_what_plain_completions_cannot_do(knowing, change) -> None:
     with pytest.raises(openai.BadRequestError):
