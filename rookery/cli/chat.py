@@ -6,7 +6,7 @@ import difflib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +90,7 @@ def chat(
     if load is not None:
         conversation.load(load)
     if sys.stdin.isatty():
-        Terminal(path, conversation, sampling, stats).run()
+        Terminal(path, conversation, sampling, stats, taken(path, adapter)).run()
     else:
         answer_lines(conversation, sampling, stats)
 
@@ -98,6 +98,21 @@ def chat(
 def _one_of(flag: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UserError(_("{flag} {value}: expected one of {known}", flag=flag, value=value, known=", ".join(known)))
+
+
+def taken(path: Path, adapters: Sequence[Path]) -> list[str]:
+    """Which files a run directory stands for, and whether another was better when the run measured it."""
+    if not path.is_dir():
+        return []
+    from rookery.formats.load import files_of
+
+    files = [*files_of(path)[: 1 if adapters else None], *adapters]
+    lines = [_("Weights: {files}", files=" + ".join(str(file) for file in files))]
+    for best, flag in (("best.pth", ""), ("adapter-best.safetensors", "--adapter ")):
+        file = path / best
+        if file.exists() and file not in files:
+            lines.append(_("The validation loss was lowest with {choice}.", choice=f"{flag}{file}"))
+    return lines
 
 
 def answer_lines(conversation: Conversation, sampling: Sampling, stats: bool) -> None:
@@ -144,8 +159,11 @@ def speed(conversation: Conversation) -> str:
 class Terminal:
     """The conversation as a person sees it: a prompt, streamed answers, commands that begin with a slash."""
 
-    def __init__(self, path: Path, conversation: Conversation, sampling: Sampling, stats: bool) -> None:
+    def __init__(
+        self, path: Path, conversation: Conversation, sampling: Sampling, stats: bool, taken: Sequence[str] = ()
+    ) -> None:
         self.path = path
+        self.taken = taken
         self.conversation = conversation
         self.sampling = sampling
         self.stats = stats
@@ -172,6 +190,8 @@ class Terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 - gives input() line editing and history, where the system has it
         print(_("{path}. /help lists the commands; Ctrl-C stops an answer.", path=self.path))
+        for line in self.taken:
+            print(line)
         # What is compiled for this processor the first time is ready by the time a message is written.
         threading.Thread(target=self.conversation.warm_up, daemon=True).start()
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,13 @@ def evaluate(
     limit: int = typer.Option(0, min=0, help="Only the first so many examples of each task, or documents of data"),
     state: Path = typer.Option(None, metavar="FILE", help="Tuned states to mount"),
     adapter: Path = typer.Option(None, metavar="FILE", help="Adapter to add"),
-    out: Path = typer.Option(None, "--out", "-o", metavar="FILE", help="Write the results as JSON"),
+    out: Path = typer.Option(
+        None,
+        "--out",
+        "-o",
+        metavar="FILE",
+        help="Where the results go as JSON; eval-DATE-TIME.json in a run directory when left out",
+    ),
     tokenizer: str = typer.Option("", help="world or a vocabulary file; found beside the weights when left out"),
     device: str = typer.Option("auto", help="cpu, cuda or auto"),
 ) -> None:
@@ -65,7 +72,7 @@ def evaluate(
     from rookery.infer import open_model
 
     model, vocabulary = open_model(path, tokenizer_name=tokenizer, device=device, state=state, adapter=adapter)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"model": model_facts(path, state, adapter)}
     if level:
         with bar(_("problems")) as progress:
             result = suite.evaluate(model, vocabulary, level, n=n, seed=seed, progress=progress)
@@ -99,9 +106,24 @@ def evaluate(
                 model, vocabulary, names, few_shot=few_shot, limit=limit, as_chat=as_chat, progress=progress
             )
         print_tasks(results["tasks"]["results"])
+    if out is None and (path / "config.toml").exists():
+        out = path / f"eval-{datetime.now():%Y%m%d-%H%M%S}.json"
     if out:
         write_report(out, results)
         typer.echo(_("Results: {path}", path=out))
+
+
+def model_facts(path: Path, state: Path | None, adapter: Path | None) -> dict[str, Any]:
+    """What eval.json holds under "model": what was measured, and when."""
+    from rookery.formats.load import files_of
+
+    own = files_of(path)
+    mounted = [file for file in (state, adapter) if file]
+    return {
+        "path": str(path),
+        "files": [str(file) for file in (own[:1] + mounted if mounted else own)],
+        "measured": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
 
 
 def print_arithmetic(result: Result) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from rookery import formats
 from rookery.adapters import AdapterConfig, adapter_tensors, attach
+from rookery.cli.chat import taken
 from rookery.errors import UserError
 from rookery.formats import read_weights, write_adapter, write_pth
 from rookery.infer import Conversation, Sampling, form_of, open_model, read
@@ -122,6 +123,16 @@ def test_a_file_beside_its_vocabulary_is_the_same_model(rookery, talker, tmp_pat
     assert len(answers.pop().strip()) == 8
 
 
+def test_the_best_of_a_run_is_pointed_out(talker, tmp_path) -> None:
+    assert taken(talker / "rwkv-final.pth", []) == [], "a file is what it is"
+    assert taken(talker, []) == [f"Weights: {talker / 'rwkv-final.pth'}"]
+    shutil.copy(talker / "rwkv-final.pth", tmp_path)
+    shutil.copy(talker / "rwkv-final.pth", tmp_path / "best.pth")
+    lines = taken(tmp_path, [Path("adapter.safetensors")])
+    assert lines[0] == f"Weights: {tmp_path / 'rwkv-final.pth'} + adapter.safetensors"
+    assert lines[1] == f"The validation loss was lowest with {tmp_path / 'best.pth'}."
+
+
 def test_options_change_the_answer_as_they_say(rookery, talker) -> None:
     def answer(*options: object) -> str:
         done = rookery("chat", talker, "--max-tokens", 16, *options, text="1\n")
@@ -188,7 +199,7 @@ def test_smaller_weights_and_figures(rookery, babbler, dtype) -> None:
 @posix
 def test_a_conversation_in_a_terminal(talker, tmp_path) -> None:
     person = Person("chat", talker, "--max-tokens", 20, cwd=tmp_path)
-    person.wait_for(r"/help lists.*User: ")
+    person.wait_for(rf"/help lists.*Weights: {talker / 'rwkv-final.pth'}\n.*User: ")
     person.type("/state\n")
     person.wait_for("nothing was said yet.*User: ")
     person.type("/save early.safetensors\n")

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
+from rookery.cli import run
 from rookery.data.arithmetic import LEVELS, evaluation
 from rookery.errors import UserError
 from rookery.eval import arithmetic, perplexity, write_report
 from rookery.eval.arithmetic import Answered
 from rookery.eval.plot import draw_loss, smoothed
+from rookery.formats import write_pth
 from rookery.infer import Sampling, generate
 from rookery.models import ModelShape, create, initialise
 from rookery.tokenizer import Character, World
@@ -160,3 +162,23 @@ def test_world_is_measured_in_its_own_tokens() -> None:
     result = perplexity.measure(model, world, text)
     assert result.tokens == len(world.encode(text))
     assert result.text_bytes == len(text.encode())
+
+
+def test_results_lie_beside_the_run(model, tmp_path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    VOCABULARY.save(folder / "vocab.json")
+    write_pth(folder / "rwkv-final.pth", {name: tensor.float() for name, tensor in model.state_dict().items()})
+    text = tmp_path / "text.txt"
+    text.write_text("User: 1+1=?", encoding="utf-8")
+    before = sorted(folder.iterdir())
+    assert run(["eval", str(folder / "rwkv-final.pth"), "--text", str(text)]) == 0
+    assert run(["eval", str(folder), "--text", str(text)]) == 0
+    assert sorted(folder.iterdir()) == before, "neither a file nor a folder of weights is a run"
+    (folder / "config.toml").write_text("[model]\n", encoding="utf-8")
+    assert run(["eval", str(folder), "--text", str(text)]) == 0
+    [file] = folder.glob("eval-*.json")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert results["text"]["file"] == str(text)
+    assert results["model"]["files"] == [str(folder / "rwkv-final.pth")]
+    assert results["model"]["measured"] > "2026"
