@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rookery.bench.machine import record
-from rookery.bench.op import FLA
+from rookery.ops.fla import wkv7_fla
 from rookery.ops.wkv7 import wkv7_chunked
 from rookery.ops.wkv7_triton import Schedule, wkv7_triton
 
@@ -48,7 +48,7 @@ def contestants() -> dict[str, Contestant]:
     for schedule in SCHEDULES:
         name = f"triton, chunk {schedule.chunk}, {'sequential' if schedule.sequential else 'parallel'}"
         found[name] = partial(wkv7_triton, schedule=schedule)
-    return found | ({"fla chunk_rwkv7": FLA["wkv7"]} if importlib.util.find_spec("fla") else {})
+    return found | ({"fla chunk_rwkv7": wkv7_fla} if importlib.util.find_spec("fla") else {})
 
 
 def inputs(B: int, T: int, H: int, device: str) -> tuple[list[Tensor], Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,13 +13,13 @@ from torch import Tensor
 
 from rookery.bench.setting import Setting
 from rookery.bench.timing import CLOCKS, alternate, faster, rounded, wait
+from rookery.errors import UserError
 from rookery.ops import head_loss, wkv5, wkv6, wkv7
 from rookery.ops.backend import Call, Op
 from rookery.ops.head_loss import head_loss_plain
 from rookery.ops.linear import linear
 from rookery.ops.wkv6 import OP as WKV6
 from rookery.ops.wkv7 import OP as WKV7
-from rookery.ops.wkv7_native import LOG_DECAY_SCALE
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 """Of a case's tensors; the gradient is taken of what it gives, or of the first of it."""
@@ -30,6 +28,9 @@ RECURRENCES: dict[str, tuple[Function, Op]] = {"wkv7": (wkv7, WKV7), "wkv6": (wk
 
 PLAIN = ("chunked", "reference")
 """Back-ends of the recurrences that are plain PyTorch."""
+
+PEERS = ("fla",)
+"""Back-ends of the recurrences that are another program's."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,14 @@ def _recurrence(setting: Setting, against: Sequence[str], *, name: str) -> Case:
     function, op = RECURRENCES[name]
     call = Call(setting.device, setting.dtype, N)
     chosen = op.choose(call, setting.kernel).name
+    if "fla" in against and (reason := dict(op.explain(call))["fla"]):
+        raise UserError(f"--against fla: {reason}")
     able = [backend for backend, reason in op.explain(call) if reason is None and backend != chosen]
-    fast = [backend for backend in able if backend not in PLAIN and setting.kernel == "auto"]
+    fast = [backend for backend in able if backend not in (*PLAIN, *PEERS) and setting.kernel == "auto"]
     plain = [backend for backend in able if backend in PLAIN and "torch" in against]
-    wanted = (chosen, *fast, *plain)
+    peers = [backend for backend in PEERS if backend in against]
+    wanted = (chosen, *fast, *plain, *peers)
     functions: dict[str, Function] = {backend: partial(function, backend=backend) for backend in wanted}
-    if "fla" in against:
-        functions["fla"] = FLA[name]
     exact = partial(function, backend="chunked")
     shared = {"wkv5": ("w", "u"), "wkv6": ("u",), "wkv7": ()}[name]
     return Case(tensors, shared, random(*size), functions, exact, 1e6 / (B * T * H))
@@ -185,32 +187,6 @@ def _linear(setting: Setting, against: Sequence[str]) -> Case:
         functions["torch"] = F.linear
     return Case(tensors, ("weight",), random(B, T, ffn), functions, F.linear, 1e3)
 
-
-def _fla7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """As fla's own RWKV-7 layer calls it."""
-    from fla.ops.rwkv7 import chunk_rwkv7
-
-    wanted = {"chunk_size": 64, "safe_gate": True, "lower_bound": -math.exp(-0.5)}
-    options = {name: value for name, value in wanted.items() if name in inspect.signature(chunk_rwkv7).parameters}
-    log_decay = LOG_DECAY_SCALE * torch.sigmoid(w.float())
-    y, final = chunk_rwkv7(
-        r=r, w=log_decay, k=k, v=v, a=a, b=b, scale=1.0, initial_state=state.mT.contiguous(), output_final_state=True,
-        **options,
-    )  # fmt: skip
-    return y, final.mT
-
-
-def _fla6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    from fla.ops.rwkv6 import chunk_rwkv6
-
-    log_decay = -torch.exp(w.float()).expand_as(r)
-    y, final = chunk_rwkv6(
-        r, k, v, log_decay, u, scale=1.0, initial_state=state.mT.contiguous(), output_final_state=True
-    )
-    return y, final.mT
-
-
-FLA: dict[str, Function] = {"wkv7": _fla7, "wkv6": _fla6, "wkv5": _fla6}
 
 CASES: dict[str, Callable[[Setting, Sequence[str]], Case]] = {
     **{name: partial(_recurrence, name=name) for name in RECURRENCES},

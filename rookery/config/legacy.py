@@ -127,14 +127,14 @@ LEGACY: dict[str, LegacyFlag] = {
     "head_size_a": LegacyFlag(leaf="head_size"),
     "my_pile_stage": LegacyFlag(leaf="train_stage", defaults={"version": "x052"}),
     "gradient_clip_val": LegacyFlag(leaf="grad_clip", values={"None": NOT_GIVEN}),
-    "op": LegacyFlag(leaf="kernel", values={"cuda": "auto", "fla": "auto"}, answer=_AUTO),
+    "op": LegacyFlag(leaf="kernel", values={"cuda": "auto"}, answer=_AUTO),
     # What is done anyway, or by itself.
     "enable_progress_bar": LegacyFlag(
         silent=("true", "1"),
         answer=N_("the progress display shows itself on a terminal only; elsewhere plain lines are printed"),
     ),
     "compile": LegacyFlag(silent=("0",), answer=_AUTO, arity="optional"),
-    "fla": LegacyFlag(answer=_AUTO, arity="none"),
+    "fla": LegacyFlag(leaf="kernel", values={"": "fla"}, silent=("",), arity="none"),
     "fla_npu": LegacyFlag(answer=_AUTO, arity="none"),
     "fused_kernel": LegacyFlag(answer=_AUTO, arity="none"),
     "optim": LegacyFlag(

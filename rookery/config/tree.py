@@ -240,8 +240,8 @@ class RunSection(Section):
     )
     grad_cp: int = Field(0, ge=0, le=1, description="1 = recompute activations of each block to save memory")
     head_chunk: int = Field(0, ge=0, description="Tokens whose logits exist at one time in the loss; 0 = chosen")
-    kernel: Literal["auto", "reference", "chunked", "native", "triton"] = Field(
-        "auto", description="Back-end of the recurrence; auto takes the fastest that serves the call"
+    kernel: Literal["auto", "reference", "chunked", "native", "triton", "fla"] = Field(
+        "auto", description="Back-end of the recurrence and of the steps beside it; auto takes the fastest that serves the call"
     )
 
 

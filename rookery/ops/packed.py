@@ -77,6 +77,11 @@ class Packing:
         return y.unsqueeze(0), torch.cat(finals).index_select(0, groups.order.argsort())
 
     @cached_property
+    def borders(self) -> Tensor:
+        """`bounds` on the device."""
+        return _on(self.first.device, self.bounds)
+
+    @cached_property
     def begins(self) -> Tensor:
         """(T,) int32 on the device: of each token the number of the sequence that begins with it, or -1."""
         numbers = torch.arange(len(self), dtype=torch.int32, device=self.first.device)

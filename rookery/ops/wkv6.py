@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rookery.ops import native, wkv6_native, wkv6_triton
+from rookery.ops import fla, native, wkv6_native, wkv6_triton
 from rookery.ops.backend import Backend, Call, Op, exact_dtype, never_refuses
 from rookery.ops.packed import KEEP, Packing
 
@@ -42,7 +42,7 @@ def wkv6(
         w: raw pre-activation of the decay, (B, T, H, N), or (1, 1, H, N) when it is the same for all tokens.
         u: bonus of a token's own key (`time_faaaa`), (H, N).
         state: initial state (B, H, N, N), [value, key]; None means zeros.
-        backend: "auto", "triton", "native", "chunked" or "reference".
+        backend: "auto", "triton", "native", "chunked", "reference" or "fla".
         packing: the S sequences in the one row of the inputs; states are then (S, H, N, N).
 
     Returns:
@@ -149,5 +149,6 @@ OP = Op(
         Backend("native", native.refuses, wkv6_native.wkv6_native, packs=True),
         Backend("chunked", never_refuses, wkv6_chunked),
         Backend("reference", never_refuses, wkv6_reference),
+        Backend("fla", fla.refuses, fla.wkv6_fla, packs=True),
     ],
 )

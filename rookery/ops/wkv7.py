@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from rookery.ops import native, wkv7_native, wkv7_triton
+from rookery.ops import fla, native, wkv7_native, wkv7_triton
 from rookery.ops.backend import Backend, Call, Op, exact_dtype, never_refuses
 from rookery.ops.packed import KEEP, Packing
 from rookery.ops.wkv7_native import LOG_DECAY_SCALE
@@ -44,7 +44,7 @@ def wkv7(
         w: raw pre-activation of the decay, (B, T, H, N).
         a, b: -kappa and kappa * iclr, (B, T, H, N), kappa being the normalised removal key.
         state: initial state (B, H, N, N), [value, key]; None means zeros.
-        backend: "auto", "triton", "native", "chunked" or "reference".
+        backend: "auto", "triton", "native", "chunked", "reference" or "fla".
         packing: the S sequences in the one row of the inputs; states are then (S, H, N, N).
 
     Returns:
@@ -142,5 +142,6 @@ OP = Op(
         Backend("native", native.refuses, wkv7_native.wkv7_native, packs=True),
         Backend("chunked", never_refuses, wkv7_chunked),
         Backend("reference", never_refuses, wkv7_reference),
+        Backend("fla", fla.refuses, fla.wkv7_fla, packs=True),
     ],
 )

@@ -10,8 +10,12 @@ from rookery.data import Dataset, open_datasets
 from rookery.errors import UserError
 from rookery.formats import weight_file
 from rookery.i18n import _
+from rookery.ops.backend import Call
+from rookery.ops.wkv6 import OP as WKV6
+from rookery.ops.wkv7 import OP as WKV7
 from rookery.tokenizer import load_beside
 from rookery.train.device import device_facts
+from rookery.train.precision import DTYPES
 from rookery.train.ranks import ALONE, Ranks
 from rookery.train.rundir import RunFiles
 from rookery.train.start import Start, find_start
@@ -84,6 +88,7 @@ def prepare_run(
         data_facts=vars(dataset.facts),
         device_facts=facts,
     )
+    _check_kernel(resolved.config)
     _check_agreement(ranks, str(start.checkpoint), resolved.config)
     return Preparation(start, dataset, validation, resolved._replace(notes=[*notes, *resolved.notes]))
 
@@ -108,6 +113,22 @@ def _with_devices(config: TrainConfig, origins: Origins, ranks: Ranks) -> tuple[
     changed = [leaf for leaf, number in given.items() if getattr(device, leaf) != number]
     origins = origins | {leaf: Origin("device", ranks.launcher) for leaf in changed}
     return config.model_copy(update={"device": device.model_copy(update=given)}), origins
+
+
+def _check_kernel(config: TrainConfig) -> None:
+    """
+    Raises:
+        UserError: the back-end that is asked for cannot serve this run, with the reason.
+    """
+    op = WKV7 if config.model.version == "x070" else WKV6
+    device = "cpu" if config.device.accelerator == "cpu" else "cuda"
+    call = Call(device, DTYPES[str(config.run.precision)], int(config.model.head_size or 0))
+    try:
+        op.choose(call, config.run.kernel)
+    except ValueError as error:
+        raise UserError(
+            _("--kernel {kernel}: {reason}. Without it, Rookery chooses.", kernel=config.run.kernel, reason=error)
+        ) from error
 
 
 def _check_agreement(ranks: Ranks, *found: object) -> None:

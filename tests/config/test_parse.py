@@ -97,6 +97,8 @@ def test_lines_are_found_behind_texts_of_many_lines_and_in_dotted_and_inline_tab
         ("--kernel @rwkv3", "kernel", "auto"),
         ("--kernel --n_layer 2", "kernel", "auto"),
         ("--op triton", "kernel", "triton"),
+        ("--op fla", "kernel", "fla"),
+        ("--fla", "kernel", "fla"),
         ("--gradient_clip_val 0.5", "grad_clip", 0.5),
         ("--micro_bsz auto", "micro_bsz", 0),
         ("--quant Int8", "quant", "int8"),
@@ -211,9 +213,9 @@ def test_a_bad_recipe_is_named_with_its_line(tmp_path: Path, text: str, message:
 
 
 def test_what_other_trainers_do_differently_is_said_in_one_line_each() -> None:
-    notes = parse(words("--fla --enable_progress_bar False --op cuda")).notes
+    notes = parse(words("--fused_kernel --enable_progress_bar False --op cuda")).notes
     assert [note.split(":")[0] for note in notes] == [
-        "--fla",
+        "--fused_kernel",
         "--enable_progress_bar False",
         "--op cuda",
     ]

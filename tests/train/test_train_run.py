@@ -202,6 +202,13 @@ def test_several_devices_are_refused_and_one_device_needs_no_strategy(config, ca
     assert "deepspeed_stage_2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kernel", ["triton", "fla"])
+def test_a_kernel_that_cannot_serve_is_refused_before_anything_is_written(config, tmp_path, kernel):
+    with pytest.raises(UserError, match=f"--kernel {kernel}: .* runs on a GPU, not on cpu. Without it"):
+        rookery.train.run(config(kernel=kernel, accelerator="cpu"))
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
 def test_prepare_decides_everything_and_writes_nothing(config, tmp_path):
     resolved = rookery.train.prepare(config())
     assert resolved.config.run.epoch_count == 3
