@@ -46,7 +46,7 @@ def check(words: list[str], gpu_free: int | None) -> dict[str, Any]:
         "data": {"tokens": facts.tokens, "documents": facts.documents, "samples": facts.samples},
         "values": {leaf: get(config, leaf) for leaf in SECTION_OF},
         "origins": {leaf: str(resolved.origins[leaf]) for leaf in SECTION_OF},
-        "notes": [*parsed.notes, *resolved.notes],
+        "notes": [*parsed.notes, *prepared.dataset.notes, *resolved.notes],
         "differences": other,
     }
 

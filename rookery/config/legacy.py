@@ -68,6 +68,17 @@ _WDS_IMG = N_(
 
 _MISS = {"mode": "miss_mode", "load": "adapter_load", "r": "lora_r"}
 
+_OPTIMIZERS = {
+    "none": NOT_GIVEN,
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "AdamW8bit", "PagedAdamW8bit"), "adamw8bit"),
+}
+"""RWKV-PEFT's, and what bitsandbytes and Hugging Face call the 8-bit form."""
+
+_OTHER_OPTIMIZERS = dict.fromkeys(
+    ("adam_mini", "muon", "lion"),
+    N_("AdamW is the only optimiser (adamw, adamw8bit); the reference's other ones did not run"),
+)
+
 _LIGHTNING_OFF = ("false", "none", "0", "0.0", "-1", "")
 
 LEGACY: dict[str, LegacyFlag] = {
@@ -137,16 +148,8 @@ LEGACY: dict[str, LegacyFlag] = {
     "fla": LegacyFlag(leaf="kernel", values={"": "fla"}, silent=("",), arity="none"),
     "fla_npu": LegacyFlag(answer=_AUTO, arity="none"),
     "fused_kernel": LegacyFlag(answer=_AUTO, arity="none"),
-    "optim": LegacyFlag(
-        silent=("none", "adamw"),
-        answer=N_("AdamW is the only optimiser; the reference's other ones did not run"),
-        refused=True,
-    ),
-    "optimizer": LegacyFlag(
-        silent=("none", "adamw"),
-        answer=N_("AdamW is the only optimiser; the reference's other ones did not run"),
-        refused=True,
-    ),
+    "optim": LegacyFlag(leaf="optimizer", values=_OPTIMIZERS, refusals=_OTHER_OPTIMIZERS),
+    "optimizer": LegacyFlag(leaf="optimizer", values=_OPTIMIZERS, refusals=_OTHER_OPTIMIZERS),
     "avg_loss": LegacyFlag(
         silent=("0", "1"),
         answer=N_("the loss of an optimiser step is always the mean over its trained tokens"),

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import combinations, product
-from typing import Any, Literal
+from typing import Literal
 
 from rookery.config import rules
 from rookery.config.tree import TrainConfig
@@ -58,6 +57,13 @@ MOST_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
 HEAD_CHUNK_BYTES = 64 << 20
 """As in `rookery.ops.head_loss`."""
 
+SMALLEST_IN_8_BITS, TWO_MOMENTS, AT_A_TIME = 4096, 2 * (1 + 4 / 256), {"cpu": 1 << 18, "cuda": 1 << 22}
+"""As in `rookery.train.lean_adamw`: elements of a matrix with moments in 8 bits, their bytes for each element, and the
+elements that are updated together."""
+
+UPDATE = 40
+"""Bytes that such an update makes for each element of it."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -75,7 +81,10 @@ class Plan:
     micro_bsz: int = 1
     accumulate_grad_batches: int = 1
     precision: str = "bf16"
+    optimizer: str = "adamw"
+    master_weights: bool = True
     grad_cp: bool = False
+    offload_activations: bool = False
     head_chunk: int = 0
     chunk_ctx: int = 0
     """Tokens of a chunk with train_type infctx; 0 = samples are read whole."""
@@ -112,7 +121,10 @@ class Plan:
             micro_bsz=run.micro_bsz,
             accumulate_grad_batches=run.accumulate_grad_batches,
             precision=str(run.precision),
+            optimizer=config.optim.optimizer,
+            master_weights=bool(config.optim.master_weights),
             grad_cp=bool(run.grad_cp),
+            offload_activations=bool(run.offload_activations),
             head_chunk=run.head_chunk,
             chunk_ctx=min(run.chunk_ctx, data.ctx_len) if run.train_type == "infctx" else 0,
             infctx_grad=run.infctx_grad,
@@ -134,6 +146,11 @@ class Plan:
     def element(self) -> int:
         """Bytes of a weight or an activation."""
         return 2 if self.precision in ("bf16", "fp16") else 4
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimiser keeps fp32 copies of what trains."""
+        return self.element == 2 and self.master_weights
 
     @property
     def tokens(self) -> int:
@@ -229,7 +246,7 @@ class Estimate:
 
     weights: int
     optimiser: int
-    """Master weights in fp32 and the two moments."""
+    """Master weights in fp32, if there are any, and the two moments."""
     gradients: int
     """At the end of the backward pass."""
     activations: int
@@ -241,7 +258,7 @@ class Estimate:
 
 def estimate(plan: Plan) -> Estimate:
     """The memory that `plan` takes."""
-    parameters, size, half = Parameters.of(plan), plan.element, plan.element == 2
+    parameters, size = Parameters.of(plan), plan.element
     kept, head = _after_forward(plan), _head(plan)
     passing = plan.tokens * size * ((8 if plan.trained == "all" else 4) * plan.n_embd + 2 * plan.dim_ffn)
     in_first_block = _block(plan) + passing + size * parameters.trained
@@ -249,20 +266,52 @@ def estimate(plan: Plan) -> Estimate:
     if plan.trains("head"):
         in_last_block += size * plan.vocab_size * plan.n_embd
     activations = max(kept + head, in_last_block)
-    # Gradients of a half-precision model are gathered in fp32 after each backward pass.
-    gradients = 4 * parameters.trained // plan.sharing("gradients")
     several = plan.accumulate_grad_batches > 1 or 0 < plan.chunk_ctx < plan.ctx_len
-    during = max(activations, in_first_block) + (gradients if several else 0)
-    after = gradients + (size * parameters.trained if several and half else 0)
+    if plan.has_masters or size == 4:
+        # Gradients of a half-precision model are gathered in fp32 after each backward pass.
+        gradients = 4 * parameters.trained // plan.sharing("gradients")
+        during = max(activations, in_first_block) + (gradients if several else 0)
+        after = gradients + (size * parameters.trained if several and plan.has_masters else 0)
+    else:
+        gradients = size * parameters.trained // plan.sharing("gradients")
+        during = max(activations + (gradients if several else 0), in_first_block)
+        after = gradients
+    large = list(_large(plan))
+    if plan.optimizer == "adamw8bit" or (size == 2 and not plan.has_masters):
+        after += UPDATE * min(AT_A_TIME[plan.accelerator], max(large, default=0))
     weights = _weights(plan, parameters)
     if plan.sharing("weights") > 1:
         # Gathered when they are used: embedding and head for the whole step, and two blocks.
         used = size * (2 * plan.vocab_size * plan.n_embd + 2 * parameters.matrices // plan.n_layer)
         weights = weights // plan.sharing("weights") + min(used, weights)
-    optimiser = (12 if half else 8) * parameters.trained // plan.sharing("optimiser")
+    optimiser = (12 if plan.has_masters else 8) * parameters.trained
+    if plan.optimizer == "adamw8bit":
+        optimiser -= int((8 - TWO_MOMENTS) * sum(large))
+    optimiser //= plan.sharing("optimiser")
     overhead = CUDA_OVERHEAD if plan.accelerator == "cuda" else 0
     total = weights + optimiser + max(during, after) + overhead
     return Estimate(weights, optimiser, gradients, activations, overhead, total)
+
+
+def _large(plan: Plan) -> Iterator[int]:
+    """Numbers of elements of the matrices that train and are large enough for moments in 8 bits."""
+    C, A, ranks = plan.n_embd, plan.dim_att, plan.ranks
+    matrices = [plan.vocab_size * C for part in ("emb", "head") if plan.trains(part)]
+    block: list[int] = []
+    if plan.trained == "all":
+        block += [rows * columns for _name, rows, columns in plan.matrices()]
+    if plan.trains("time") and plan.version == "x070":
+        block += [C * rank for rank in ranks.values()] * 2
+    elif plan.trains("time") and plan.version == "x060":
+        block += [5 * C * ranks["mix"]] * 2 + [C * ranks["decay"], A * ranks["decay"]]
+    if plan.trained == "state":
+        block.append(A * plan.head_size)
+    for rows, columns in plan.targets():
+        if plan.peft == "miss":
+            block.append(_adapter_size(plan, rows, columns))
+        else:
+            block += [plan.lora_r * rows, plan.lora_r * columns]
+    return (size for size in [*matrices, *block * plan.n_layer] if size >= SMALLEST_IN_8_BITS)
 
 
 def _weights(plan: Plan, parameters: Parameters) -> int:
@@ -282,7 +331,8 @@ def _after_forward(plan: Plan) -> int:
     streams = 2
     if plan.grad_cp:
         # Each block's input, and the first values, which all blocks of x070 share.
-        streams += plan.n_layer + (plan.version == "x070")
+        streams += plan.version == "x070"
+        streams += 1 if plan.offload_activations and plan.accelerator == "cuda" else plan.n_layer
     states = 2 + (plan.ctx_len // plan.chunk_ctx if plan.chunk_ctx and plan.infctx_grad == "full" else 0)
     state = 4 * plan.n_layer * plan.micro_bsz * plan.dim_att * plan.head_size
     blocks = 0 if plan.grad_cp else plan.n_layer * _block(plan)
@@ -371,75 +421,6 @@ def fits(plan: Plan, free: int) -> bool:
     return estimate(plan).total <= SAFE * free
 
 
-@dataclass(frozen=True)
-class Remedy:
-    """A change with which a training fits."""
-
-    flags: str
-    total: int
-    """Bytes that it then takes."""
-
-
-def remedies(plan: Plan, free: int, most: int = 3) -> list[Remedy]:
-    """Up to `most` changes with which `plan` fits into `free` bytes, those that cost least first: single ones, else two
-    or more together. Empty when nothing helps."""
-    families = list(_families(plan))
-    found: list[Remedy] = []
-    used: list[set[int]] = []
-    for count in range(1, len(families) + 1):
-        for chosen in combinations(range(len(families)), count):
-            if len(found) == most:
-                return found
-            if any(smaller <= set(chosen) for smaller in used):
-                continue
-            for options in product(*(families[i] for i in chosen)):
-                changed = plan
-                for _flags, change in options:
-                    changed = replace(changed, **change)
-                if fits(changed, free):
-                    found.append(Remedy(" ".join(flags for flags, _change in options), estimate(changed).total))
-                    used.append(set(chosen))
-                    break
-    return found
-
-
-def _families(plan: Plan) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """Kinds of changes, each with its options from the mildest: flags, and what they change of the plan."""
-    if plan.micro_bsz > 1:
-        options: list[tuple[str, dict[str, Any]]] = []
-        for micro_bsz in range(plan.micro_bsz - 1, 0, -1):
-            if plan.micro_bsz % micro_bsz == 0:
-                # The same batch in several passes.
-                passes = plan.accumulate_grad_batches * (plan.micro_bsz // micro_bsz)
-                change = {"micro_bsz": micro_bsz, "accumulate_grad_batches": passes}
-                options.append((_as_flags(change), change))
-        yield options
-    if not plan.grad_cp:
-        yield [("--grad_cp 1", {"grad_cp": True})]
-    if plan.accelerator == "cuda" and plan.element == 4:
-        yield [("--precision bf16", {"precision": "bf16"})]
-    if plan.trained != "all" and plan.quant == "none":
-        yield [(f"--quant {kind}", {"quant": kind}) for kind in ("int8", "nf4")]
-    if plan.trained == "all":
-        yield [
-            ("--peft lora", {"peft": "lora"}),
-            ("--peft lora --quant int8", {"peft": "lora", "quant": "int8"}),
-            ("--peft lora --quant nf4", {"peft": "lora", "quant": "nf4"}),
-        ]
-    elif plan.trained == "adapter":
-        yield [("--peft state", {"peft": "state"})]
-    if plan.trained != "state":
-        now = plan.chunk_ctx or plan.ctx_len
-        chunks = [now >> halvings for halvings in range(1, 5) if now >> halvings >= 128]
-        yield [(f"--train_type infctx --chunk_ctx {size}", {"chunk_ctx": size}) for size in chunks]
-    lengths = [plan.ctx_len >> halvings for halvings in range(1, 6) if plan.ctx_len >> halvings >= 64]
-    yield [(f"--ctx_len {length}", {"ctx_len": length}) for length in lengths]
-
-
-def _as_flags(change: Mapping[str, Any]) -> str:
-    return " ".join(f"--{leaf} {value}" for leaf, value in change.items())
-
-
 def summary(need: Estimate, free: int | None) -> str:
     """One line for people."""
     parts = {
@@ -461,15 +442,6 @@ def summary(need: Estimate, free: int | None) -> str:
         **parts,
         free=gib(free),
     )
-
-
-def advice(plan: Plan, free: int) -> str:
-    """What to change so that `plan` fits into `free` bytes, for people."""
-    found = remedies(plan, free)
-    if not found:
-        return _("It needs a device with more memory, or a smaller model.")
-    lines = [_("  {flags}: {total}", flags=remedy.flags, total=gib(remedy.total)) for remedy in found]
-    return "\n".join([_("It fits with one of these:"), *lines])
 
 
 def gib(size: int) -> str:

@@ -90,6 +90,7 @@ def resolve(
     resolver.fine_tuning()
     resolver.validation()
     resolver.optimiser()
+    resolver.memory_options()
     resolver.batch_that_fits((device_facts or {}).get("free"), data_facts)
     resolver.length(data_facts)
     return Resolved(TrainConfig(**resolver.values), resolver.origins, resolver.notes)
@@ -383,6 +384,35 @@ class _Resolver:
         self.fill_open("warmup_steps", rules.WARMUP_STEPS, Origin("rule", _("as the published scripts")), open_value=-1)
         name = "{vocab_size} ctx{ctx_len} L{n_layer} D{n_embd}".format_map(self.values)
         self.fill_open("run_name", name, Origin("rule", "vocab_size ctx_len n_layer n_embd"), open_value="")
+
+    def memory_options(self) -> None:
+        """What keeps less in memory, and what it needs."""
+        values = self.values
+        lean = [f"--optimizer {values['optimizer']}"] if values["optimizer"] != "adamw" else []
+        if not values["master_weights"] and values["precision"] == "fp16":
+            raise UserError(
+                _("master_weights 0 needs bf16 weights: those of fp16 have too small a range. Add --precision bf16.")
+            )
+        if not values["master_weights"] and values["precision"] != "bf16":
+            self.notes.append(
+                _(
+                    "precision {precision} has no other weights than fp32 ones: master_weights is 1",
+                    precision=values["precision"],
+                )
+            )
+            self.fill("master_weights", 1, Origin("rule", f"precision {values['precision']}"))
+        lean += [] if values["master_weights"] else ["--master_weights 0"]
+        if lean and values["strategy"].startswith("deepspeed"):
+            raise UserError(
+                _(
+                    "{strategy} shares out an optimiser of its own: leave out {flags}, or take --strategy fsdp",
+                    strategy=values["strategy"],
+                    flags=" ".join(lean),
+                )
+            )
+        if values["offload_activations"] and not values["grad_cp"]:
+            self.notes.append(_("offload_activations keeps the inputs of blocks alone, so grad_cp is 1"))
+            self.fill("grad_cp", 1, Origin("rule", "offload_activations"))
 
     def batch_that_fits(self, free: int | None, data_facts: Mapping[str, Any] | None) -> None:
         """Decide `micro_bsz` 0."""

@@ -147,6 +147,16 @@ class DataSection(Section):
 class OptimSection(Section):
     """Optimiser, learning rate and regularisation."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps AdamW's two moments in 8 bits: 6 bytes a trained parameter less"
+    )
+    master_weights: int = Field(
+        1,
+        ge=0,
+        le=1,
+        description="With precision bf16: 1 = the optimiser keeps fp32 weights; 0 = it changes the bf16 ones, rounding "
+        "them up or down by chance: 6 bytes a trained parameter less",
+    )
     lr_init: float | None = Field(None, ge=0, description="First learning rate; 0.45/n_embd, rounded, when not given")
     lr_final: float | None = Field(None, ge=0, description="Last learning rate; 0.04/n_embd, rounded, when not given")
     warmup_steps: int = Field(-1, ge=-1, description="Warm-up in optimiser steps; -1 = 10, as the published scripts")
@@ -239,6 +249,12 @@ class RunSection(Section):
         None, description="fp32, tf32, fp16 or bf16; bf16 on a GPU that has it and fp32 on a CPU when not given"
     )
     grad_cp: int = Field(0, ge=0, le=1, description="1 = recompute activations of each block to save memory")
+    offload_activations: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1 = the inputs of blocks wait for the backward pass in the host's memory (grad_cp 1)",
+    )
     head_chunk: int = Field(0, ge=0, description="Tokens whose logits exist at one time in the loss; 0 = chosen")
     kernel: Literal["auto", "reference", "chunked", "native", "triton", "fla"] = Field(
         "auto", description="Back-end of the recurrence and of the steps beside it; auto takes the fastest that serves the call"

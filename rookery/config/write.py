@@ -24,6 +24,7 @@ MAY_CHANGE = frozenset(
         "my_exit",
         "save_every",
         "grad_cp",
+        "offload_activations",
         "head_chunk",
         "kernel",
         "accelerator",

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rookery.models.offload import InputOnHost
 from rookery.models.shape import ModelShape
 from rookery.models.state import State
 from rookery.ops import head_loss
@@ -93,6 +95,7 @@ class LanguageModel(nn.Module):
         self.kernel = kernel
         self.dropout = dropout
         self.grad_cp = False
+        self.offload_activations = False
         self.emb = Embedding(shape.vocab_size, shape.n_embd)
         self.blocks: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # no element type
             Block(time_mix(shape, layer), channel_mix(shape, layer), shape, layer, dropout)
@@ -122,9 +125,10 @@ class LanguageModel(nn.Module):
         states = []
         for block, before in zip(self.blocks, layers, strict=True):
             if self.grad_cp and self.training:
-                x, after, *carried = checkpoint(
-                    block, x, before, self.kernel, *carried, packing=packing, use_reentrant=False
-                )
+                with InputOnHost(x) if self.offload_activations else nullcontext():
+                    x, after, *carried = checkpoint(
+                        block, x, before, self.kernel, *carried, packing=packing, use_reentrant=False
+                    )
             else:
                 x, after, *carried = block(x, before, self.kernel, *carried, packing=packing)
             states.append(after)

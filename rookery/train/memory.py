@@ -9,7 +9,8 @@ import psutil
 import torch
 
 from rookery.config import TrainConfig
-from rookery.config.memory import Plan, advice, estimate, fits, summary
+from rookery.config.memory import Plan, estimate, fits, summary
+from rookery.config.remedies import advice
 from rookery.errors import UserError
 from rookery.i18n import _
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rookery.train.lean_adamw import LeanAdamW
 from rookery.train.schedule import Rates
 
 
@@ -87,29 +88,34 @@ def _x052_x060_kind(name: str) -> str | None:
 
 
 def build_optimizer(
-    tensors: Mapping[str, Tensor], groups: Iterable[Group], *, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """AdamW over `tensors` (fp32 or fp64) with PyTorch's fused kernel, which CPU and CUDA both have.
+    tensors: Mapping[str, Tensor],
+    groups: Iterable[Group],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    eight_bit: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW over `tensors`: with PyTorch's fused kernel, which CPU and CUDA both have, or `LeanAdamW`.
 
     Every group keeps its `lr_scale`, `decays` and `names` beside PyTorch's keys.
+
+    Args:
+        tensors: fp32 or fp64; in bf16, they are rounded by chance (`LeanAdamW`).
+        eight_bit: keep the moments of large matrices in 8 bits.
     """
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [tensors[name] for name in group.names],
-                "names": group.names,
-                "lr_scale": group.lr_scale,
-                "decays": group.decays,
-            }
-            for group in groups
-            if group.names
-        ],
-        lr=0.0,
-        betas=betas,
-        eps=eps,
-        weight_decay=0.0,
-        fused=True,
-    )
+    made = [
+        {
+            "params": [tensors[name] for name in group.names],
+            "names": group.names,
+            "lr_scale": group.lr_scale,
+            "decays": group.decays,
+        }
+        for group in groups
+        if group.names
+    ]
+    if eight_bit or any(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):
+        return LeanAdamW(made, betas=betas, eps=eps, eight_bit=eight_bit)
+    return torch.optim.AdamW(made, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
 
 
 def apply_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 
 from rookery.config import Origins, Resolved, TrainConfig, differences, parse, samples_of_step, to_toml
 from rookery.config.launcher import find_place
-from rookery.config.memory import Plan, advice
+from rookery.config.memory import Plan
+from rookery.config.remedies import advice
 from rookery.config.tree import RunSection
 from rookery.data import Dataset, open_dataset
 from rookery.errors import Interrupted, UserError
@@ -221,10 +222,22 @@ def _build_engine(config: TrainConfig, model: Model, ranks: Ranks) -> Engine:
         second_stage=config.run.train_stage == 2,
         lora_plus_ratio=config.adapter.lora_plus_ratio,
     )
-    build = partial(build_optimizer, groups=groups, betas=(optim.beta1, optim.beta2), eps=float(optim.adam_eps or 0))
-    dtype = DTYPES[str(config.run.precision)]
+    build = partial(
+        build_optimizer,
+        groups=groups,
+        betas=(optim.beta1, optim.beta2),
+        eps=float(optim.adam_eps or 0),
+        eight_bit=optim.optimizer == "adamw8bit",
+    )
     return create_engine(
-        model, build, dtype=dtype, grad_clip=optim.grad_clip, device=device, settings=config.device, ranks=ranks
+        model,
+        build,
+        dtype=DTYPES[str(config.run.precision)],
+        grad_clip=optim.grad_clip,
+        masters=bool(optim.master_weights),
+        device=device,
+        settings=config.device,
+        ranks=ranks,
     )
 
 

@@ -37,6 +37,7 @@ def build_model(config: TrainConfig, start: Start, files: RunFiles, ranks: Ranks
     else:
         model = _whole_model(config, start, shape, is_new, files.weights_file("init"), ranks)
     model.grad_cp = bool(config.run.grad_cp)
+    model.offload_activations = bool(config.run.offload_activations)
     return model.train()
 
 

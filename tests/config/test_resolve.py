@@ -243,3 +243,26 @@ def test_what_may_change_between_sessions() -> None:
 def test_a_run_that_only_wrote_initial_weights_ties_nobody() -> None:
     before = resolve(TrainConfig(train_stage=1, micro_bsz=1, lr_init=1e-5)).config
     assert differences(before, resolve(TrainConfig(micro_bsz=16), data_facts=DATA).config) == []
+
+
+def test_what_keeps_less_in_memory_and_what_it_needs() -> None:
+    lean = TrainConfig(optimizer="adamw8bit", master_weights=0, offload_activations=1)
+    config, origins, notes = resolve(lean, device_facts=GPU)
+    assert (config.optim.master_weights, config.run.precision, config.run.grad_cp) == (0, "bf16", 1)
+    assert origins["grad_cp"].kind == "rule"
+    assert any("grad_cp is 1" in note for note in notes)
+    config, _origins, notes = resolve(TrainConfig(master_weights=0))
+    assert config.optim.master_weights == 1
+    assert any("fp32" in note for note in notes)
+    with pytest.raises(UserError, match="precision bf16"):
+        resolve(TrainConfig(master_weights=0, precision="fp16"))
+    several = {"devices": 2, "precision": "bf16", "epoch_steps": 1, "strategy": "deepspeed_stage_2"}
+    with pytest.raises(UserError, match="leave out --optimizer adamw8bit --master_weights 0, or take --strategy fsdp"):
+        resolve(TrainConfig(optimizer="adamw8bit", master_weights=0, **several), device_facts=GPU)
+    resolve(TrainConfig(optimizer="adamw8bit", **{**several, "strategy": "fsdp"}), device_facts=GPU)
+
+
+@pytest.mark.parametrize("words", [["--optim", "adamw_8bit"], ["--optimizer", "AdamW8bit"], ["--optimizer=adamw8bit"]])
+def test_names_of_the_8_bit_optimiser(words: list[str]) -> None:
+    assert parse(words).config.optim.optimizer == "adamw8bit"
+    assert parse(["--optim", "none"]).config.optim.optimizer == "adamw"

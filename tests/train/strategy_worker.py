@@ -29,6 +29,9 @@ from rookery.train.strategies import create_engine
 
 STEPS, SAVED, ACCUMULATE, PER_RANK = 20, 10, 2, 2
 SCHEDULE = Schedule(1e-3, 1e-4, 3, 32, 640, 100, 1, weight_decay=0.1)
+LEAN = ("ddp", "fsdp")
+"""DeepSpeed's optimiser is its own."""
+
 FINE_TUNINGS = ("lora", "state", "int8", "bf16 lora")
 
 
@@ -53,13 +56,14 @@ def fine_tunings(strategy: str) -> tuple[str, ...]:
     return FINE_TUNINGS
 
 
-def engine_of(model, dtype, strategy: str, ranks: Ranks):
+def engine_of(model, dtype, strategy: str, ranks: Ranks, *, lean: bool = False):
+    """`lean`: moments in 8 bits, and no master weights."""
     groups = parameter_groups(
         [(n, p) for n, p in model.named_parameters() if p.requires_grad], model.version, weight_decay=True
     )
-    build = partial(build_optimizer, groups=groups, betas=(0.9, 0.99), eps=1e-8)
+    build = partial(build_optimizer, groups=groups, betas=(0.9, 0.99), eps=1e-8, eight_bit=lean)
     settings = DeviceSection(strategy=strategy, devices=ranks.world_size, accelerator="cpu")
-    return create_engine(model, build, dtype=dtype, grad_clip=0.3, settings=settings, ranks=ranks)
+    return create_engine(model, build, dtype=dtype, grad_clip=0.3, masters=not lean, settings=settings, ranks=ranks)
 
 
 def batches(ranks: Ranks, first_step: int, parts: int = 2):
@@ -153,6 +157,24 @@ def half_precision(strategy: str, precision: str, ranks: Ranks) -> list[list[flo
     return train(engine, ranks, range(10))
 
 
+def lean(strategy: str, folder: Path, ranks: Ranks) -> dict[str, list[list[float]]]:
+    """With moments in 8 bits and bf16 weights without masters: what is seen without a break, and after a checkpoint."""
+    engine = engine_of(tiny_model(), torch.bfloat16, strategy, ranks, lean=True)
+    seen = train(engine, ranks, range(SAVED))
+    if ranks.main:
+        folder.mkdir()
+    ranks.barrier()
+    engine.save(folder)
+    ranks.barrier()
+    rest = train(engine, ranks, range(SAVED, STEPS))
+    model = tiny_model()
+    for p in model.parameters():
+        p.data.fill_(7.0)
+    again = engine_of(model, torch.bfloat16, strategy, ranks, lean=True)
+    again.load(folder)
+    return {"all": seen + rest, "rest": rest, "again": train(again, ranks, range(SAVED, STEPS))}
+
+
 def main(folder: Path, strategies: list[str]) -> None:
     with joined(find_place(), "cpu") as ranks:
         found = {}
@@ -163,6 +185,8 @@ def main(folder: Path, strategies: list[str]) -> None:
                 found[strategy][f"from {saved}"] = go_on(strategy, folder / saved, ranks)
             for precision in precisions(strategy):
                 found[strategy][precision] = half_precision(strategy, precision, ranks)
+            if strategy in LEAN:
+                found[strategy]["lean"] = lean(strategy, folder / f"{strategy} lean", ranks)
             for kind in fine_tunings(strategy):
                 found[strategy][kind] = fine_tune(kind, strategy, ranks)
         if ranks.main:

@@ -11,11 +11,13 @@ import psutil
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rookery.adapters import AdapterConfig, attach
 from rookery.bench.live_bytes import LiveBytes
 from rookery.config import TrainConfig, resolve, rules
-from rookery.config.memory import SAFE, Parameters, Plan, advice, estimate, fits, largest_micro_bsz, remedies, summary
+from rookery.config.memory import SAFE, Parameters, Plan, estimate, fits, largest_micro_bsz, summary
+from rookery.config.remedies import advice, remedies
 from rookery.errors import UserError
 from rookery.models import Model, ModelShape, create, initialise
 from rookery.quant import quantise
@@ -72,15 +74,18 @@ def measured(plan: Plan, steps: int = 2) -> tuple[int, int, int]:
     )
     engine = SingleDevice(
         model,
-        lambda tensors: build_optimizer(tensors, groups, betas=(0.9, 0.99), eps=1e-8),
+        lambda tensors: build_optimizer(
+            tensors, groups, betas=(0.9, 0.99), eps=1e-8, eight_bit=plan.optimizer == "adamw8bit"
+        ),
         dtype=DTYPES[plan.precision],
         grad_clip=1.0,
+        masters=plan.master_weights,
     )
     tokens = torch.randint(plan.vocab_size, (plan.micro_bsz, plan.ctx_len))
     tensors = [*model.parameters(), *model.buffers()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
     trained = [p for group in engine.optimizer.param_groups for p in group["params"]]
-    masters = sum(4 * p.numel() for p in trained) if plan.element == 2 else 0
+    masters = sum(4 * p.numel() for p in trained) if plan.has_masters else 0
     with LiveBytes([*tensors, *trained, tokens]) as live:
         for _ in range(steps):
             for i in range(plan.accumulate_grad_batches):
@@ -89,7 +94,7 @@ def measured(plan: Plan, steps: int = 2) -> tuple[int, int, int]:
                 engine.backward(loss, weight=1.0, last=i == plan.accumulate_grad_batches - 1)
                 del loss
             engine.step(Rates(1e-3, 0.0, 0.0))
-    moments = sum(t.numel() * t.element_size() for p in trained for t in engine.optimizer.state[p].values())
+    moments = sum(moment.nbytes for p in trained for moment in engine.optimizer.state[p].values())
     return weights, masters + moments, live.peak - moments
 
 
@@ -101,6 +106,11 @@ def measured(plan: Plan, steps: int = 2) -> tuple[int, int, int]:
         {"grad_cp": True},
         {"accumulate_grad_batches": 2},
         {"precision": "bf16"},
+        {"optimizer": "adamw8bit"},
+        {"optimizer": "adamw8bit", "precision": "bf16", "accumulate_grad_batches": 2},
+        {"precision": "bf16", "master_weights": False, "grad_cp": True},
+        {"optimizer": "adamw8bit", "precision": "bf16", "master_weights": False, "accumulate_grad_batches": 2},
+        {"optimizer": "adamw8bit", "peft": "lora", "train_parts": ("time", "ln")},
         {"precision": "bf16", "grad_cp": True, "accumulate_grad_batches": 2},
         {"kernel": "chunked"},
         {"peft": "state"},
@@ -198,6 +208,42 @@ def test_largest_micro_bsz() -> None:
     assert largest_micro_bsz(plan, 1 << 28) == 0
     assert largest_micro_bsz(plan, 1 << 50) == (1 << 17) // 512
     assert largest_micro_bsz(replace(plan, accelerator="cpu"), 1 << 50) == (1 << 13) // 512
+
+
+class Copies(TorchDispatchMode):
+    """Notes the sizes in bytes of what is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.ops.aten.copy_.default:
+            self.sizes.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("version", ["x060", "x070"])
+def test_block_inputs_wait_on_the_host(version: str) -> None:
+    """On a CPU the host's memory is the same: what is seen is that the input of each block is copied there, of the
+    bytes that the plan of a GPU then lacks, and that nothing changes."""
+    plan = small_plan(version, grad_cp=True)
+    model, tokens = build(plan), torch.randint(plan.vocab_size, (plan.micro_bsz, plan.ctx_len))
+    found = []
+    for offload in (False, True):
+        model.offload_activations = offload
+        with Copies() as copies:
+            loss, _state = model.loss(tokens, tokens)
+        loss.backward()
+        found.append((copies.sizes, loss.item(), [p.grad for p in model.parameters()]))
+        model.zero_grad(set_to_none=True)
+    (plainly, loss, gradients), (offloaded, same_loss, same_gradients) = found
+    moved = sum(offloaded) - sum(plainly)
+    assert same_loss == loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same_gradients, strict=True) if a is not None)
+    on_gpu = [estimate(replace(plan, accelerator="cuda", offload_activations=o)).activations for o in (False, True)]
+    one = plan.tokens * plan.element * plan.n_embd
+    assert moved == plan.n_layer * one == on_gpu[0] - on_gpu[1] + one
 
 
 def test_free_memory_of_this_machine() -> None:

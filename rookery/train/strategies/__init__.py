@@ -23,6 +23,7 @@ def create_engine(
     *,
     dtype: torch.dtype,
     grad_clip: float,
+    masters: bool = True,
     device: torch.device | None = None,
     settings: DeviceSection | None = None,
     ranks: Ranks = ALONE,
@@ -31,13 +32,14 @@ def create_engine(
 
     Args:
         model: with unrounded weights; moved to `device`, where it is not None.
+        masters: whether a bf16 model has fp32 master weights. DeepSpeed always makes them.
     """
     device = device or next(model.parameters()).device
     whole = all(p.requires_grad for p in model.parameters())
     if settings is None or settings.strategy != "fsdp" or not whole:
         model = model.to(device)  # FSDP2 moves block after block, so that no device ever holds a whole model
     if ranks.world_size == 1:
-        return SingleDevice(model, build_optimizer, dtype=dtype, grad_clip=grad_clip)
+        return SingleDevice(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, masters=masters)
     from rookery.train.strategies.replicated import Replicated
     from rookery.train.strategies.sharded import Sharded, shard
 
@@ -62,9 +64,11 @@ def create_engine(
                 raise UserError(
                     _("strategy fsdp cannot train tuned initial states together with the whole model: take ddp")
                 )
-            return Sharded(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, device=device, ranks=ranks)
+            return Sharded(
+                model, build_optimizer, dtype=dtype, grad_clip=grad_clip, masters=masters, device=device, ranks=ranks
+            )
         # In fine-tuning little trains: that is copied to every rank, and only the frozen model is cut up.
         for p in model.parameters():
             p.data = p.data if p.requires_grad else p.data.to(dtype)
         shard(model, dtype, device, replicated={p for p in model.parameters() if p.requires_grad})
-    return Replicated(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, ranks=ranks)
+    return Replicated(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, masters=masters, ranks=ranks)

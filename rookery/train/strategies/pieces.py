@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rookery.formats import Pending, write_weights
+from rookery.train.lean_adamw import Moment8, dense
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """Names of the files: fp32 weights, by the names of the .pth, and the optimiser's tensors, `exp_avg/NAME`."""
@@ -33,8 +34,8 @@ class Piece(NamedTuple):
     """Of the whole tensor."""
     start: int
     """First element of the range."""
-    elements: Tensor
-    """1-dim."""
+    elements: Tensor | Moment8
+    """1-dim, or in codes."""
 
 
 def file_name(name: str, rank: int, world_size: int) -> str:
@@ -46,7 +47,10 @@ def write_pieces(folder: Path, name: str, pieces: Iterable[Piece], rank: int, wo
     """Write this rank's pieces; those without elements are left out. Tensors are copied from the device one by one."""
     pieces = [piece for piece in pieces if piece.elements.numel()]
     places = {piece.name: [piece.start, list(piece.shape)] for piece in pieces}
-    tensors = [Pending(p.name, tuple(p.elements.shape), p.elements.dtype, lambda p=p: p.elements) for p in pieces]  # type: ignore[misc]
+    tensors = [
+        Pending(p.name, (p.elements.numel(),), p.elements.dtype, lambda p=p: dense(p.elements).reshape(-1))  # type: ignore[misc]
+        for p in pieces
+    ]
     write_weights(
         folder / file_name(name, rank, world_size), tensors, metadata={"format": "pt", "pieces": json.dumps(places)}
     )

@@ -34,9 +34,10 @@ class Replicated(SingleDevice):
         *,
         dtype: torch.dtype,
         grad_clip: float = 0.0,
+        masters: bool = True,
         ranks: Ranks,
     ) -> None:
-        super().__init__(model, build_optimizer, dtype=dtype, grad_clip=grad_clip)
+        super().__init__(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, masters=masters)
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self._ranks = ranks
         self._exchange = _Exchange(zip(self._parameters, self._masters.values(), strict=True))
@@ -61,10 +62,9 @@ class Replicated(SingleDevice):
         """Each rank writes whole tensors, as many bytes as the others."""
         own = share_out({name: p.numel() for name, p in self._masters.items()}, self.world_size)[self.rank]
         weights = (Piece(name, tuple(p.shape), 0, p.detach().reshape(-1)) for name, p in self._masters.items())
-        state = (Piece(key, tuple(t.shape), 0, t.reshape(-1)) for key, _p, _k, t in self._optimizer_tensors())
         write_pieces(folder, WEIGHTS, (w for w in weights if w.name in own), self.rank, self.world_size)
-        mine = (piece for piece in state if piece.name.split("/", 1)[1] in own)
-        write_pieces(folder, OPTIMIZER, mine, self.rank, self.world_size)
+        state = (Piece(key, tuple(t.shape), 0, t) for key, name, t in self._optimizer_tensors() if name in own)
+        write_pieces(folder, OPTIMIZER, state, self.rank, self.world_size)
 
 
 def share_out(sizes: dict[str, int], shares: int) -> list[set[str]]:

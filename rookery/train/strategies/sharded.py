@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rookery.formats import Pending
+from rookery.train.lean_adamw import Moment8
 from rookery.train.ranks import Ranks
 from rookery.train.strategies.pieces import OPTIMIZER, WEIGHTS, Piece, write_pieces
 from rookery.train.strategies.single import SingleDevice
@@ -54,15 +55,18 @@ class Sharded(SingleDevice):
         *,
         dtype: torch.dtype,
         grad_clip: float = 0.0,
+        masters: bool = True,
         device: torch.device,
         ranks: Ranks,
     ) -> None:
         self._ranks = ranks
         self.device = device
-        super().__init__(model, build_optimizer, dtype=dtype, grad_clip=grad_clip)
+        super().__init__(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, masters=masters)
         self.rank, self.world_size = ranks.rank, ranks.world_size
 
     def _prepare(self, model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], nn.Module]:
+        if dtype == torch.bfloat16 and not self._rounded:
+            model = model.to(dtype)  # no masters
         self._rounded = False  # FSDP2 rounds what it gathers
         self._dtype = dtype
         shard(model, dtype, self.device)
@@ -98,15 +102,14 @@ class Sharded(SingleDevice):
     def save(self, folder: Path) -> None:
         """Each rank writes its rows."""
         write_pieces(folder, WEIGHTS, self._pieces((name, name, p) for name, p in self._masters.items()), *self._place)
-        state = ((key, key.split("/", 1)[1], tensor) for key, _p, _k, tensor in self._optimizer_tensors())
-        write_pieces(folder, OPTIMIZER, self._pieces(state), *self._place)
+        write_pieces(folder, OPTIMIZER, self._pieces(self._optimizer_tensors()), *self._place)
 
-    def _pieces(self, tensors: Iterable[tuple[str, str, Tensor]]) -> Iterator[Piece]:
+    def _pieces(self, tensors: Iterable[tuple[str, str, Tensor | Moment8]]) -> Iterator[Piece]:
         """Of (name in the file, parameter, tensor): the parts of what is cut up as the parameter is."""
         for key, name, tensor in tensors:
-            shape = tuple(self._shards[name].shape) if tensor.dim() else ()
+            shape = tuple(self._shards[name].shape) if tensor.shape else ()
             if self._masters[name].numel():
-                yield Piece(key, shape, self._first_element(name) if shape else 0, tensor.detach().reshape(-1))
+                yield Piece(key, shape, self._first_element(name) if shape else 0, tensor)
 
     @property
     def _place(self) -> tuple[int, int]:

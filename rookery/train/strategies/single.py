@@ -1,4 +1,4 @@
-"""The engine for one device: no communication, fp32 master weights when the model is bf16 or fp16."""
+"""The engine for one device: no communication; a bf16 or fp16 model with or without fp32 master weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rookery.formats import Pending
+from rookery.formats import Pending, write_weights
+from rookery.train.lean_adamw import Moment8, dense, restored
 from rookery.train.optim import apply_rates
 from rookery.train.precision import LossScale
 from rookery.train.schedule import Rates
@@ -21,7 +21,8 @@ class SingleDevice:
     """Trains a model where it is. Implements `Engine`.
 
     The optimiser owns fp32 master weights, as DeepSpeed's does for the reference: a bf16 or fp16 model is a rounded
-    copy of them and its gradients are summed in fp32. The masters of an fp32 or fp64 model are its own parameters.
+    copy of them and its gradients are summed in fp32. The masters of an fp32 or fp64 model are its own parameters; so
+    are those of a bf16 model without masters, whose gradients are summed in bf16.
     """
 
     rank = 0
@@ -34,6 +35,7 @@ class SingleDevice:
         *,
         dtype: torch.dtype,
         grad_clip: float = 0.0,
+        masters: bool = True,
     ) -> None:
         """
         Args:
@@ -42,8 +44,9 @@ class SingleDevice:
                 `grad_scale` and `found_inf`, as PyTorch's fused optimisers do, and keep `names` in its groups.
             dtype: of the model's parameters and activations.
             grad_clip: largest global norm of the gradients; 0 = no clipping.
+            masters: whether a bf16 model has fp32 master weights; an fp16 one always has.
         """
-        self._rounded = dtype in (torch.bfloat16, torch.float16)
+        self._rounded = masters and dtype in (torch.bfloat16, torch.float16)
         self._masters, self.model = self._prepare(model, dtype)
         self.device = next(iter(self._masters.values())).device
         self.grad_clip = grad_clip
@@ -58,7 +61,8 @@ class SingleDevice:
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._parameters: list[Tensor] = list(trained.values())
         if self._rounded:
-            return {name: p.detach().clone() for name, p in trained.items()}, model.to(dtype)
+            masters = {name: p.detach().to(torch.float32) for name, p in trained.items()}
+            return masters, model.to(dtype)  # which gives the parameters memory of their own
         return dict(trained), model.to(dtype)
 
     def backward(self, loss: Tensor, *, weight: float, last: bool) -> None:
@@ -111,7 +115,11 @@ class SingleDevice:
         """Loss of the step and norm of its gradients, still scaled, which the masters have from now on."""
         assert self._loss is not None, "step without backward"
         loss, self._loss = self._loss, None
-        return loss, torch.nn.utils.get_total_norm([p.grad for p in self._masters.values() if p.grad is not None])
+        gradients = [p.grad for p in self._masters.values() if p.grad is not None]
+        if gradients and gradients[0].dtype == torch.bfloat16:  # whose norms would be rounded to bf16
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+            return loss, torch.linalg.vector_norm(torch.stack(norms))
+        return loss, torch.nn.utils.get_total_norm(gradients)
 
     def _publish(self) -> None:
         """Rounds the masters into the model."""
@@ -138,17 +146,17 @@ class SingleDevice:
         ]
 
     def save(self, folder: Path) -> None:
-        masters = {name: p.detach().contiguous() for name, p in self._masters.items()}
-        save_file(masters, folder / f"{WEIGHTS}.safetensors")
-        state = {key: tensor for key, _, _, tensor in self._optimizer_tensors()}
-        save_file(state, folder / f"{OPTIMIZER}.safetensors")
+        masters = [(name, p.detach()) for name, p in self._masters.items()]
+        write_weights(folder / f"{WEIGHTS}.safetensors", [_pending(name, p) for name, p in masters])
+        state = [_pending(key, tensor) for key, _name, tensor in self._optimizer_tensors()]
+        write_weights(folder / f"{OPTIMIZER}.safetensors", state)
 
-    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor, str, Tensor]]:
-        """(name in the file, parameter, name in the optimiser, tensor) of the whole optimiser state."""
+    def _optimizer_tensors(self) -> Iterator[tuple[str, str, Tensor | Moment8]]:
+        """(name in the file, parameter, tensor) of the whole optimiser state."""
         for group in self.optimizer.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 for key, tensor in self.optimizer.state[p].items():
-                    yield f"{key}/{name}", p, key, tensor
+                    yield f"{key}/{name}", name, tensor
 
     def _first_element(self, name: str) -> int:
         """Where, in the flattened parameter, the part begins of which this rank has the master."""
@@ -172,10 +180,10 @@ class SingleDevice:
                 if not master.numel():
                     continue
                 if pieces.shapes[full_name]:
-                    tensor = own_part(pieces, full_name, name).to(master)
+                    part = own_part(pieces, full_name, name).to(self.device)
+                    self.optimizer.state[master][key] = restored(self.optimizer, master, key, part)
                 else:  # steps of the parameter, the same for all parts
-                    tensor = pieces.whole(full_name).to(self.device)
-                self.optimizer.state[master][key] = tensor
+                    self.optimizer.state[master][key] = pieces.whole(full_name).to(self.device)
         self._publish()
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,3 +192,7 @@ class SingleDevice:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._loss_scale is not None:
             self._loss_scale.load_state_dict(state["loss_scale"])
+
+
+def _pending(name: str, tensor: Tensor | Moment8) -> Pending:
+    return Pending(name, tuple(tensor.shape), tensor.dtype, lambda: dense(tensor))
