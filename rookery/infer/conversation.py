@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -144,6 +146,8 @@ class Conversation:
         path = Path(path)
         if self.state is None:
             raise UserError(_("Nothing was said yet, so there is nothing to save."))
+        if path.is_dir():
+            raise UserError(_("Cannot write {path}: {reason}", path=path, reason=os.strerror(errno.EISDIR)))
         partial = path.with_name(path.name + ".partial")
         try:
             if path.suffix.lower() in (".txt", ".md"):
@@ -151,15 +155,19 @@ class Conversation:
             else:
                 self._write(partial, self.state)
             os.replace(partial, path)
-        except OSError as error:
-            raise UserError(_("Cannot write {path}: {reason}", path=path, reason=error.strerror)) from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(_("Cannot write {path}: {reason}", path=path, reason=reason)) from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
     def _write(self, path: Path, state: State) -> None:
         conversation = {
             "messages": [[message.role, message.text] for message in self.messages],
             "system": self.system,
+            "template": asdict(self.template),
+            "version": self._form.model.version,
             "unread": self.unread,
             "tokens": self.tokens,
         }
@@ -185,8 +193,23 @@ class Conversation:
                 state = State(*(file.get_tensor(name) for name in ("att_shift", "wkv", "ffn_shift")))
                 messages = [chat.Message(role, str(text)) for role, text in said["messages"]]
                 unread, tokens, system = [int(i) for i in said["unread"]], int(said["tokens"]), str(said["system"])
+                vocabulary = self._form.model.shape.vocab_size
+                if not all(0 <= i < vocabulary for i in unread) or {m.role for m in messages} - set(chat.MARKS):
+                    raise ValueError(_("it names tokens or speakers that there are not"))
+                marks = said.get("template", asdict(self.template))
+                template = Template(*(str(marks[name]) for name in ("user", "assistant", "system")))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise UserError(_("Cannot read the conversation {path}: {reason}", path=path, reason=error)) from error
+        own = self._form.model.version
+        if said.get("version", own) != own:
+            raise UserError(
+                _(
+                    "{path} is of a model of version {version}, and this one is {own}.",
+                    path=path,
+                    version=said["version"],
+                    own=own,
+                )
+            )
         expected = self._form.initial()
         for name in ("att_shift", "wkv", "ffn_shift"):
             given, wanted = getattr(state, name), getattr(expected, name)
@@ -201,7 +224,8 @@ class Conversation:
                     )
                 )
             setattr(state, name, given.to(wanted))
-        self.messages, self.state, self.unread, self.tokens, self.system = messages, state, unread, tokens, system
+        self.messages, self.state, self.unread, self.tokens = messages, state, unread, tokens
+        self.system, self.template = system, template
         self.generation = self._before = None
 
     def text(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
@@ -21,7 +22,7 @@ from rookery.adapters import AdapterConfig, adapter_tensors, attach
 from rookery.cli.chat import taken
 from rookery.errors import UserError
 from rookery.formats import read_weights, write_adapter, write_pth
-from rookery.infer import Conversation, Sampling, form_of, open_model, read
+from rookery.infer import Conversation, Sampling, Template, form_of, open_model, read
 from rookery.models import ModelShape, create, initialise
 
 posix = pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
@@ -74,6 +75,18 @@ class Person:
                 self.screen += data.decode("utf-8", "replace").replace("\r\n", "\n")
         self.read_to = match.end()
         return match
+
+    def press(self, key: str, pattern: str) -> None:
+        """Press `key`, again where nothing came of it: while it prints its prompt, readline hears of no Ctrl-C before
+        the next key."""
+        for _attempt in range(5):
+            self.type(key)
+            try:
+                self.wait_for(pattern, 10)
+            except AssertionError:
+                continue
+            return
+        raise AssertionError(f"no {pattern!r} in:\n{self.screen}")
 
     def leaves(self) -> int:
         return self.process.wait(30)
@@ -249,6 +262,9 @@ def test_a_conversation_in_a_terminal(talker, tmp_path) -> None:
     person.wait_for("needs the name of a file.*User: ")
     person.type("/load absent\n")
     person.wait_for("Cannot read the conversation absent.*User: ")
+    for place in ("absent/kept", "absent/said.txt", "."):
+        person.type(f"/save {place}\n")
+        person.wait_for(f"Cannot write {place}: .*User: ")
     person.type("/exit\n")
     assert person.leaves() == 0
 
@@ -309,8 +325,7 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(talker) -> None:
     person.wait_for(r"Assistant: \S{5,}")
     person.type(person.CTRL_C)
     person.wait_for("\n\nUser: ")
-    person.type(person.CTRL_C)
-    person.wait_for("Ctrl-D or /exit leaves.*User: ")
+    person.press(person.CTRL_C, "Ctrl-D or /exit leaves.*User: ")
     person.type("/state\n")
     assert int(person.wait_for(r"(\d+) tokens so far.*User: ")[1]) > 20
     person.type(person.CTRL_D)
@@ -331,9 +346,31 @@ def test_a_conversation_of_another_model_is_refused(talker, tmp_path) -> None:
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(UserError, match="Cannot read"):
             conversation.load(tmp_path / "damaged")
+    older = create(ModelShape("x060", 2, 64, vocabulary.vocab_size, 64, 64, 256, {"mix": 8, "decay": 8}))
+    initialise(older, 1)
+    with pytest.raises(UserError, match="of version x070, and this one is x060"):
+        Conversation(form_of(older), vocabulary).load(tmp_path / "kept")
+    with safe_open(tmp_path / "kept", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("att_shift", "wkv", "ffn_shift")}
+        said = json.loads(file.metadata()["conversation"])
+    for change in ({"unread": [1 << 30]}, {"messages": [["nobody", "Hi"]]}, {"template": {}}):
+        metadata = {"format": "rookery-conversation", "conversation": json.dumps(said | change)}
+        save_file(tensors, tmp_path / "changed", metadata)
+        with pytest.raises(UserError, match="Cannot read"):
+            conversation.load(tmp_path / "changed")
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(UserError, match="not a conversation"):
         conversation.load(tmp_path / "other")
+
+
+def test_a_conversation_keeps_its_template(talker, tmp_path) -> None:
+    model, vocabulary = open_model(talker)
+    conversation = Conversation(form_of(model), vocabulary, template=Template("一", "二", "三"))
+    "".join(conversation.ask("1", Sampling(temperature=0, max_tokens=3)))
+    conversation.save(tmp_path / "kept")
+    other = Conversation(form_of(model), vocabulary)
+    other.load(tmp_path / "kept")
+    assert (other.text(), other.template) == (conversation.text(), conversation.template)
 
 
 def test_the_carried_state_is_that_of_the_whole_text(talker) -> None:
