@@ -28,6 +28,12 @@ def tracked(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensors if torch.is_grad_enabled() else tuple(tensor.detach() for tensor in tensors)
 
 
+def under_autocast(x: torch.Tensor) -> bool:
+    """Whether PyTorch chooses the precision of operations on the device of `x`."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 @dataclass(frozen=True)
 class Call:
     """The facts of a call that decide which back-end may serve it."""
@@ -48,9 +54,7 @@ class Call:
         first = tensors[0]
         assert first is not None
         dtypes = frozenset(x.dtype for x in tensors if x is not None)
-        device = first.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return cls(device, first.dtype, head_size, dtypes, autocast)
+        return cls(first.device.type, first.dtype, head_size, dtypes, under_autocast(first))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rookery.ops.backend import exact_dtype, tracked
+from rookery.ops.backend import exact_dtype, tracked, under_autocast
 from rookery.ops.linear import linear
 
 L2WRAP = 1e-4
@@ -42,7 +42,7 @@ def head_loss(
         Scalar, fp32 (fp64 for fp64 inputs); 0 when no target is trained. Gradients for `x` and `weight` are computed
         in the forward pass, so a second derivative does not exist.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if under_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     rows = chunk or max(1, CHUNK_BYTES // (4 * weight.shape[0]))

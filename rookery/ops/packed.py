@@ -153,7 +153,7 @@ def last(x: Tensor, packing: Packing | None = None) -> Tensor:
 
 def _on(device: torch.device, index: Tensor) -> Tensor:
     """A copy on `device` that is not waited for."""
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+    return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
 
 
 class _Scatter(torch.autograd.Function):

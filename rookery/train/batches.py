@@ -69,12 +69,13 @@ def batches(
 def to_device(arrays: Arrays, first_sample: int, device: torch.device, context: Context = WHOLE) -> Batch:
     """This rank's part of what `Samples.batch` gave as a batch on `device`; a GPU's copy is not waited for."""
     tokens, targets, lengths, arrives, leaves = context.part(*arrays)
-    trained = int((targets != -100).sum())
+    is_trained = torch.from_numpy(targets != -100)
     x, y = (torch.from_numpy(array) for array in (tokens, targets))
     if device.type == "cuda":
-        x, y = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (x, y))
+        x, y = x.pin_memory(), y.pin_memory()
+    x, y = (tensor.to(device, non_blocking=True) for tensor in (x, y))
     packed = None if lengths is None else torch.from_numpy(lengths)
-    return Batch(x, y, trained, first_sample, packed, arrives, leaves)
+    return Batch(x, y, int(is_trained.sum()), first_sample, packed, arrives, leaves, is_trained)
 
 
 def _groups(numbers: Iterator[int], size: int) -> Iterator[list[int]]:

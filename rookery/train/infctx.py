@@ -77,10 +77,8 @@ def _cut(batch: Batch, size: int) -> list[_Chunk]:
         size *= len(tokens)
         tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
     xs, ys = tokens.split(size, dim=1), targets.split(size, dim=1)
-    if batch.trained == targets.numel():
-        trained = [y.numel() for y in ys]
-    else:
-        trained = torch.stack([(y != -100).sum() for y in ys]).tolist()
+    is_trained = targets != -100 if batch.is_trained is None else batch.is_trained.view_as(targets)
+    trained = [int(part.sum()) for part in is_trained.split(size, dim=1)]
     lengths: Sequence[Tensor | None] = [None] * len(xs)
     continues = [False] + [True] * (len(xs) - 1)
     if batch.lengths is not None:

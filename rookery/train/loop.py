@@ -30,6 +30,8 @@ class Batch:
     """Whether the first sequence goes on from another rank, which has the tokens before."""
     leaves: bool = False
     """Whether the last sequence goes on at another rank."""
+    is_trained: Tensor | None = None
+    """(B, T) bool on the CPU: which targets are trained, for whoever needs more than their number; None = not kept."""
 
 
 class Part(NamedTuple):
