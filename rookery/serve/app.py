@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Collection
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Sequence
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -270,6 +270,10 @@ def _add_monitoring(app: FastAPI, service: Service) -> None:
         body = Health(status=status, model=service.name, slots=load.slots, active=load.active, waiting=load.waiting)
         return _json(body, 503 if service.draining else 200)
 
+    @app.head("/health", include_in_schema=False)
+    async def health_alone() -> Response:
+        return await health()
+
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics_text(), media_type="text/plain; version=0.0.4")
@@ -284,23 +288,38 @@ async def _api_error(_request: Request, error: Exception) -> Response:
     return error.response()
 
 
-async def _invalid(_request: Request, error: Exception) -> Response:
+async def _invalid(request: Request, error: Exception) -> Response:
     """The first thing that is wrong, with the field's name as a client wrote it."""
     assert isinstance(error, RequestValidationError)
-    # Of the alternatives of a union, the one that got furthest was meant.
-    worst = max(error.errors(), key=lambda one: len(one["loc"]))
-    param = ".".join(str(step) for step in worst["loc"][1:])
+    # Of the alternatives of a union, that whose kind is right was meant, else the one that got furthest.
+    worst = max(error.errors(), key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    param = ".".join(_steps(worst["loc"][1:], error.body))
     if worst["type"] == "json_invalid":
         return ApiError(400, _("The request is no valid JSON: {reason}", reason=worst["ctx"]["error"])).response()
+    if not param and "json" not in request.headers.get("content-type", ""):
+        return ApiError(400, _("The request needs the header Content-Type: application/json.")).response()
     if worst["type"] == "extra_forbidden":
         message = _("Unknown field: {name}", name=param)
         return ApiError(400, message, param=param, code="unknown_parameter").response()
     return ApiError(400, f"{param}: {worst['msg']}" if param else worst["msg"], param=param or None).response()
 
 
+def _steps(place: Sequence[str | int], value: Any) -> Iterator[str]:
+    """The steps of a place that a client knows: between them stand the names of the alternatives of unions."""
+    for number, step in enumerate(place, 1):
+        if (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+            yield str(step)
+            value = value[step]  # type: ignore[index]  # of one of the two kinds
+        elif isinstance(value, dict) and number == len(place):  # a field that is missing
+            yield str(step)
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = ApiError(error.status_code, str(error.detail)).response()
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = _("There is nothing at {path}; /openapi.json lists what there is.", path=request.url.path[:200])
+    response = ApiError(error.status_code, message).response()
     response.headers.update(error.headers or {})
     if error.status_code == 405:
         # Starlette names the methods of the first route of this path only.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -33,6 +35,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._signals = 0
+        self._silent: dict[Any, tuple[object, float]] = {}
 
     def serve_on(self, listener: socket.socket) -> None:
         """Answer until a signal comes."""
@@ -48,4 +51,20 @@ class Server(uvicorn.Server):
         # Called ten times a second.
         if self._service.drained():
             self.should_exit = True
+        if counter % 10 == 0:
+            self._close_silent()
         return await super().on_tick(counter)
+
+    def _close_silent(self) -> None:
+        """Close connections on which no request has arrived for too long: for the first one, and for the rest of what
+        was begun, uvicorn would wait for ever, and all connections could be taken by clients that say nothing."""
+        now, before = time.monotonic(), self._silent
+        self._silent = {}
+        for connection in self.server_state.connections:
+            answered = getattr(connection, "cycle", None)  # the last request and its answer
+            if answered is not None and not answered.response_complete:
+                continue
+            last, since = before.get(connection, (answered, now))
+            self._silent[connection] = (answered, since if last is answered else now)
+            if now - self._silent[connection][1] > self._service.limits.body_seconds:
+                connection.transport.close()

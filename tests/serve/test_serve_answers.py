@@ -363,6 +363,8 @@ WRONG = [
     ({"messages": []}, openai.BadRequestError, "messages", None),
     ({"messages": [{"role": "user", "content": "日"}]}, openai.BadRequestError, None, None),
     ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "temprature", "unknown_parameter"),
+    ({"stop": ["a"] * 17}, openai.BadRequestError, "stop", None),
+    ({"messages": [{"role": "user"}]}, openai.BadRequestError, "messages.0.content", None),
     ({"extra_body": {"state": "nobody"}}, openai.BadRequestError, None, None),
     ({"extra_body": {"adapter": "nobody"}}, openai.BadRequestError, None, None),
     ({"logit_bias": {"4000": 1}}, openai.BadRequestError, None, None),
@@ -376,7 +378,7 @@ WRONG = [
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc"}}]}]},
         openai.BadRequestError,
-        "messages.0.user.content.list[TextPart].0.type",
+        "messages.0.content.0.type",
         None,
     ),
 ]
@@ -401,6 +403,19 @@ def test_what_plain_completions_cannot_do(knowing, change) -> None:
         knowing.client.completions.create(**({"model": "clerk", "prompt": "Hi"} | change))
 
 
+def test_the_right_alternative_is_complained_of(knowing) -> None:
+    answer = knowing.http.post("/v1/completions", json={"prompt": ["a"] * 200})
+    assert answer.json()["error"]["message"] == "prompt: List should have at most 128 items after validation, not 200"
+    answer = knowing.http.post("/v1/completions", content=b'{"prompt": "a"}')
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_fields_that_are_null_say_nothing(knowing) -> None:
+    fields = dict.fromkeys(("functions", "function_call", "prediction", "stop", "tools", "n", "temperature"))
+    answer = knowing.http.post("/v1/chat/completions", json={"messages": HI} | fields)
+    assert answer.json()["choices"][0]["message"]["content"] == HELLO
+
+
 def test_embeddings_of_another_size_cannot_be_had(knowing) -> None:
     with pytest.raises(openai.BadRequestError, match="64 dimensions"):
         knowing.client.embeddings.create(model="clerk", input="Hi", dimensions=32)
@@ -411,6 +426,9 @@ def test_unknown_paths_and_methods(knowing) -> None:
         answer = knowing.http.request(method, path)
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert "/v1/nothing; /openapi.json" in knowing.http.get("/v1/nothing").json()["error"]["message"]
+    head = knowing.http.head("/health")
+    assert (head.status_code, head.content) == (200, b"")
 
 
 def test_monitoring(knowing) -> None:

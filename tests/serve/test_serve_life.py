@@ -9,8 +9,16 @@ import sys
 import threading
 import time
 
+import httpx
 import openai
 import pytest
+
+from rookery.infer import Engine, Sampling, open_form
+from rookery.serve.app import create_app
+from rookery.serve.mounts import Mounts
+from rookery.serve.prompts import Prompter
+from rookery.serve.server import Server
+from rookery.serve.service import Limits, Service
 
 LONG = {"model": "babbler", "prompt": "Once", "max_tokens": 3000}
 
@@ -150,3 +158,32 @@ def test_a_second_signal_cuts_answers_short(serve, babbler) -> None:
     chunks += running
     assert chunks[-1].choices[0].finish_reason == "length"
     assert server.wait() == 0
+
+
+def test_clients_that_say_nothing_do_not_keep_their_connection(babbler) -> None:
+    form, vocabulary = open_form(babbler, device="cpu")
+    sampling = Sampling(temperature=0, alpha_presence=0, alpha_frequency=0, max_tokens=100000)
+    engine = Engine(form.model, vocabulary, form=form).start()
+    nothing = Mounts(lambda name, file: None, lambda name: None, None, "")
+    service = Service(engine, "m", Prompter(vocabulary, sampling), Limits(body_seconds=0.5), nothing, nothing)
+    server = Server(create_app(service), service)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.serve_on, args=(listener,))
+    thread.start()
+    try:
+        place = listener.getsockname()
+        with socket.create_connection(place) as mute, socket.create_connection(place) as slow:
+            slow.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nX: ")
+            with httpx.Client(base_url="http://{}:{}".format(*place), timeout=30) as client:
+                asked = {"prompt": "a", "max_tokens": 100000, "stream": True}
+                with client.stream("POST", "/v1/completions", json=asked) as answer:
+                    begun, pieces = time.monotonic(), answer.iter_lines()
+                    for connection in (mute, slow):
+                        connection.settimeout(20)
+                        assert connection.recv(100) == b"", "closed by the server"
+                    while time.monotonic() < begun + 3:
+                        assert next(pieces) is not None, "who gets an answer keeps the connection"
+    finally:
+        server.should_exit = True
+        thread.join()
+        engine.close(drain=False)
