@@ -48,6 +48,8 @@ def make(console: Console, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def merge(console: Console, values: Mapping[str, Any]) -> dict[str, Any]:
     """Start `rookery merge BASE ADAPTER -o OUT`."""
+    if not _text(values, "base") or not _text(values, "adapter"):
+        raise UserError(_("choose a base model, and the adapter or state to merge into it"))
     base, adapter = (console.places.allowed(_text(values, name)) for name in ("base", "adapter"))
     output = _new_file(console, _text(values, "output"))
     words = ["merge", str(base), str(adapter), "-o", str(output)]

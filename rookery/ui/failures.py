@@ -69,7 +69,14 @@ FAILURES = (
             "{folder} cannot be written: {reason}. Make room and run the same command again…",
             "cannot save a checkpoint in {folder}: {reason}. Earlier checkpoints are untouched…",
         ),
-        patterns=(r"No space left on device", r"\[Errno (27|28|122)\]", r"Disk quota exceeded"),
+        patterns=(
+            r"No space left on device",
+            r"File too large",
+            r"Disk quota exceeded",
+            r"\[Errno (27|28|122)\]",
+            r"\[WinError 112\]",
+            r"not enough space on the disk",
+        ),
     ),
     Failure(
         "RK101",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import shutil
@@ -42,6 +43,20 @@ class ConsoleProcess:
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, _read(error.read())
+
+    def events(self, words: str = "") -> dict[str, Any]:
+        """The first of each kind of event that a page would hear."""
+        host, port = self.address.removeprefix("http://").rstrip("/").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        connection.request("GET", f"/api/events?{words}")
+        response = connection.getresponse()
+        found: dict[str, Any] = {}
+        while "machine" not in found:
+            line = response.readline().decode().strip()
+            if line.startswith("event: "):
+                found[line[7:]] = json.loads(response.readline().decode().removeprefix("data: "))
+        connection.close()
+        return found
 
     def wait(self, path: str, ready: Any, seconds: float = 60) -> Any:
         """Ask until `ready(answer)`."""

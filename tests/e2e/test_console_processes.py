@@ -73,8 +73,11 @@ def test_training_goes_on_without_the_console_and_is_found_by_the_next(tmp_path)
 
         assert console.ask("api/runs/resume", {"run": str(run)})[0] == 200
         wait_until(lambda: status(run)["phase"] == "training" and status(run)["step"] > stopped)
-        console.ask("api/runs/stop", {"run": str(run)})
-        wait_until(lambda: status(run)["phase"] == "stopped")
+        os.kill(status(run)["pid"], getattr(signal, "SIGKILL", signal.SIGTERM))
+        wait_until(lambda: console.events()["runs"][str(run)]["phase"] == "killed")
+        assert status(run)["phase"] == "training", "its last words stay"
+        killed = console.events()["runs"][str(run)]
+        assert (killed["failure"]["code"], killed["resumable"]) == ("RK504", True)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "no step is missing or made twice"
 

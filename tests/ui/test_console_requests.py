@@ -103,26 +103,11 @@ def test_runs_are_found_wherever_they_were_started(console, folder, make_run) ->
     }
 
 
-def first_events(console, words: str = "") -> dict[str, object]:
-    """The first of each kind of event."""
-    host, port = console.address.removeprefix("http://").rstrip("/").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=20)
-    connection.request("GET", f"/api/events?{words}")
-    response = connection.getresponse()
-    found: dict[str, object] = {}
-    while "machine" not in found:
-        line = response.readline().decode().strip()
-        if line.startswith("event: "):
-            found[line[7:]] = json.loads(response.readline().decode().removeprefix("data: "))
-    connection.close()
-    return found
-
-
 def test_events_tell_of_runs_and_of_the_one_that_is_watched(console, make_run) -> None:
     path = make_run("watched", exit_reason="trained", loss=0.1, total_steps=30, progress=1.0)
     (path / "console.log").write_text("first line\n第二行\n", encoding="utf-8")
     console.ask("api/settings", {"folders": []})  # looks for runs now
-    events = first_events(console, f"run={path}&count=28&generation=0")
+    events = console.events(f"run={path}&count=28&generation=0")
     summary = events["runs"][str(path)]
     assert (summary["phase"], summary["step"], summary["method"]) == ("done", 30, "pretrain")
     assert len(summary["spark"]) == 30
@@ -145,7 +130,7 @@ def test_events_tell_of_runs_and_of_the_one_that_is_watched(console, make_run) -
 def test_a_failed_run_has_a_code_in_any_language(console, make_run, phase: str, reason: str, code: str) -> None:
     path = make_run(f"{code}-{len(reason)}", phase=phase, exit_reason=reason, pid=2**22 + 1, started=1.0)
     console.ask("api/settings", {"folders": []})
-    summary = first_events(console)["runs"][str(path)]
+    summary = console.events()["runs"][str(path)]
     assert summary["phase"] == ("killed" if phase == "training" else "failed")
     assert summary["failure"]["code"] == code
     assert summary["failure"]["remedy"]
@@ -157,7 +142,7 @@ def test_a_run_of_another_machine_is_not_taken_for_dead(console, make_run) -> No
     far = {"phase": "training", "pid": 2**22 + 1, "host": "another-machine", "started": now - 9000}
     lively, silent = make_run("lively", updated=now, **far), make_run("silent", updated=now - 3600, **far)
     console.ask("api/settings", {"folders": []})
-    found = first_events(console)["runs"]
+    found = console.events()["runs"]
     assert found[str(lively)]["phase"] == "training"
     assert found[str(silent)]["phase"] == "killed"
 
@@ -167,10 +152,10 @@ def test_a_run_of_another_machine_is_believed_by_the_clock_of_this_one(console, 
     far = {"phase": "training", "pid": 2**22 + 1, "host": "another-machine", "started": 1.0}
     late = make_run("late", updated=time.time() - 3600, **far)
     console.ask("api/settings", {"folders": []})
-    assert first_events(console)["runs"][str(late)]["phase"] == "killed"
+    assert console.events()["runs"][str(late)]["phase"] == "killed"
     status = {"updated": time.time() - 3599, **far}
     (late / "status.json").write_text(json.dumps(status), encoding="utf-8")
-    assert first_events(console)["runs"][str(late)]["phase"] == "training"
+    assert console.events()["runs"][str(late)]["phase"] == "training"
 
 
 def test_only_the_machine_of_a_run_can_stop_it(console, make_run) -> None:
@@ -187,9 +172,9 @@ def test_only_the_machine_of_a_run_can_stop_it(console, make_run) -> None:
 
 def test_a_run_that_is_gone_stops_nothing_else(console, make_run) -> None:
     path = make_run("shortly")
-    assert "runs" in first_events(console, f"run={path.parent / 'nowhere'}")
+    assert "runs" in console.events(f"run={path.parent / 'nowhere'}")
     assert console.ask("api/runs/delete", {"run": str(path)})[0] == 200
-    assert str(path) not in first_events(console, f"run={path}&count=30&generation=0")["runs"]
+    assert str(path) not in console.events(f"run={path}&count=30&generation=0")["runs"]
 
 
 def test_a_status_that_makes_no_sense_harms_no_page(console, make_run) -> None:
@@ -198,7 +183,7 @@ def test_a_status_that_makes_no_sense_harms_no_page(console, make_run) -> None:
     broken = make_run("broken", phase="done")
     (broken / "status.json").write_text('{"phase": "trai', encoding="utf-8")
     console.ask("api/settings", {"folders": []})
-    found = first_events(console)["runs"]
+    found = console.events()["runs"]
     assert (found[str(odd)]["phase"], found[str(odd)]["loss"]) == ("unknown", None)
     assert found[str(broken)]["phase"] == "unknown"
     assert console.ask(f"api/runs/metrics?run={odd}")[1]["validations"] == [[1, None]]
@@ -210,7 +195,7 @@ def test_a_loss_above_5_is_warned_of_where_a_model_was_trained_before(console, m
     lines = "".join(json.dumps({"step": s, "loss": 9.0}) + "\n" for s in range(1, 21))
     (path / "metrics.jsonl").write_text(lines, encoding="utf-8")
     console.ask("api/settings", {"folders": []})
-    assert [warning["code"] for warning in first_events(console)["runs"][str(path)]["warnings"]] == code
+    assert [warning["code"] for warning in console.events()["runs"][str(path)]["warnings"]] == code
 
 
 def test_a_run_directory_is_never_written_over(console, make_run) -> None:

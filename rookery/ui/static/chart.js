@@ -95,7 +95,7 @@ export function Chart({ title, value, x, series, zoom, onZoom, height = 150, log
   useEffect(() => { plot.current?.setData(columns(x, series)); }, [x, zoom, range, ...series.map((one) => one.data)]);
 
   return html`
-    <figure class="chart" aria-label=${`${title}: ${value}`} role="img">
+    <figure class="chart" aria-label=${`${title}: ${value}`} role="img" data-points=${x.length}>
       <figcaption><span>${title}</span><span class="chart-tip" aria-hidden="true"></span><b>${value}</b></figcaption>
       <div class="chart-box" ref=${box} style=${{ height: `${height}px` }}></div>
     </figure>`;

@@ -66,15 +66,20 @@ const METHODS = {
 export const methodName = (method) => (METHODS[method] ? METHODS[method]() : method);
 
 /** What went wrong: a stable code, the cause, the remedy, and the words of whoever failed. */
-export const Problem = ({ failure, text, kind = "error" }) => html`
+export function Problem({ failure, text, kind = "error" }) {
+  // Of a traceback, the last line says most.
+  const traceback = text?.includes("Traceback (most recent call last)");
+  const words = html`<pre class="problem-text" tabindex="0" aria-label=${t("What was said")}>${text}</pre>`;
+  return html`
   <div class=${`problem problem-${kind}`} role=${kind === "error" ? "alert" : "status"}>
     <${Icon} name="warn" />
     <div>
       ${failure && html`<p class="problem-cause"><strong>${t(failure.cause)}</strong> <code>${failure.code}</code></p>
         <p>${t(failure.remedy)}</p>`}
-      ${text && html`<pre class="problem-text" tabindex="0">${text}</pre>`}
+      ${text && (traceback ? html`<p class="problem-line">${text.trimEnd().split("\n").pop()}</p><details><summary>${t("All of it")}</summary>${words}</details>` : words)}
     </div>
   </div>`;
+}
 
 export const Toasts = () => html`
   <div class="toasts" role="status" aria-live="polite">
@@ -164,7 +169,7 @@ export function PathField({ value, onInput, kind, options = [], placeholder, ext
 
 // One dialog at a time; what opens it waits for its answer.
 const dialog = signal(null);
-const openDialog = (kind, words) => new Promise((resolve) => { dialog.value = { kind, words, resolve }; });
+const openDialog = (kind, words) => new Promise((resolve) => { dialog.value = { kind, words, resolve, opener: document.activeElement }; });
 const chooseFile = (words) => openDialog("file", words);
 export const confirm = (words) => openDialog("confirm", words);
 export const ask = (words) => openDialog("form", words);
@@ -172,7 +177,11 @@ export const ask = (words) => openDialog("form", words);
 export function Dialogs() {
   const open = dialog.value;
   const element = useRef();
-  useEffect(() => { if (open) element.current?.showModal(); }, [open]);
+  useEffect(() => {
+    if (!open) return undefined;
+    element.current?.showModal();
+    return () => open.opener?.focus();
+  }, [open]);
   if (!open) return null;
   const answer = (value) => { dialog.value = null; open.resolve(value); };
   const Body = { file: FileDialog, confirm: ConfirmDialog, form: FormDialog }[open.kind];

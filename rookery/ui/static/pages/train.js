@@ -1,7 +1,7 @@
 // The form of a training run, what is known about it before it starts, and the start.
 import { effect, signal, untracked } from "@preact/signals";
 import { useEffect } from "preact/hooks";
-import { api, bytes, complain, count, duration, fileName, go, hello, html, isActive, kept, language, link, runs, short, t, toast } from "../core.js";
+import { api, bytes, complain, count, duration, fileName, go, hello, html, isActive, kept, language, link, machine, runs, short, t, toast } from "../core.js";
 import { Card, Choice, Code, Icon, PathField, Problem, Said, SelectField, SwitchField, TextField, ask } from "../widgets.js";
 import { factsOf, models, modelName, needModels, mergeDialog } from "./models.js";
 
@@ -124,7 +124,7 @@ export function Train() {
     shownPage = true;
     needModels();
     touched.value = { ...touched.value };
-    return () => { shownPage = false; };
+    return () => { shownPage = false; clearTimeout(waiting); };
   }, []);
   const form = hello.value.form;
   const active = Object.values(runs.value || {}).filter(isActive);
@@ -252,6 +252,7 @@ function Readiness() {
       <ul class="checks">
         <${Check} ok=${!lacks || lacks !== t("Choose training data.")} name=${t("Data")}>${dataFacts(facts)}</${Check}>
         <${Check} ok=${!lacks && !facts.error} name=${t("Model")}>${modelFacts(facts)}</${Check}>
+        ${facts.values && html`<${Check} ok=${facts.values.accelerator !== "cpu" || !machine.value?.gpus.length} name=${t("Device")}>${deviceFacts(facts)}</${Check}>`}
         ${facts.values && html`<${Check} ok name=${t("Length")}>${lengthFacts(facts)}</${Check}>`}
         ${facts.values && html`<${Check} ok=${fitsMemory(facts)} name=${t("Memory")}>${memoryFacts(facts)}</${Check}>`}
         ${facts.values && html`<${Check} ok name=${t("Time")}>${timeFacts(facts)}</${Check}>`}
@@ -281,6 +282,12 @@ function modelFacts({ values: found }) {
   const name = method.value === "pretrain" ? t("new") : fileName(path);
   if (!found) return name;
   return `${name}: RWKV-${found.version.slice(2, 3)} (${found.version}), ${t("{n} layers", { n: found.n_layer })}, ${t("width {n}", { n: found.n_embd })}, ${t("vocabulary {n}", { n: found.vocab_size })}, ${found.precision}`;
+}
+
+function deviceFacts({ values: found }) {
+  const gpus = machine.value?.gpus || [];
+  if (found.accelerator !== "cpu") return `${found.devices} × ${gpus[0]?.name || found.accelerator}`;
+  return gpus.length ? t("the CPU, since this PyTorch cannot use {name}: update its driver, or install the PyTorch that pytorch.org names for it", { name: gpus[0].name }) : t("the CPU; there is no NVIDIA GPU");
 }
 
 function steps(found) {
