@@ -102,6 +102,7 @@ class Plan:
     """Of all machines together."""
     strategy: str = "single"
     context_parallel: int = 1
+    """Devices that share each sample."""
 
     @classmethod
     def of(cls, config: TrainConfig) -> Plan:
@@ -334,6 +335,8 @@ def _after_forward(plan: Plan) -> int:
         streams += plan.version == "x070"
         streams += 1 if plan.offload_activations and plan.accelerator == "cuda" else plan.n_layer
     states = 2 + (plan.ctx_len // plan.chunk_ctx if plan.chunk_ctx and plan.infctx_grad == "full" else 0)
+    if plan.context_parallel > 1:
+        states += 4  # from and to other devices, and their gradients
     state = 4 * plan.n_layer * plan.micro_bsz * plan.dim_att * plan.head_size
     blocks = 0 if plan.grad_cp else plan.n_layer * _block(plan)
     return plan.tokens * size * C * streams + states * state + blocks
