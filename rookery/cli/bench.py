@@ -79,7 +79,11 @@ def train(
 
 @app.command(context_settings=SETTINGS)
 def op(
-    names: list[str] = typer.Argument(None, metavar="[OP]...", help="wkv7, wkv6, wkv5, head, linear; all if left out"),
+    names: list[str] = typer.Argument(
+        None,
+        metavar="[OP]...",
+        help="wkv7, wkv6, wkv5, head, linear, mix7, token_shift, gates7, relu_square; all if left out",
+    ),
     n_embd: int = N_EMBD,
     head_size: int = HEAD_SIZE,
     vocab_size: int = VOCAB_SIZE,
@@ -107,7 +111,7 @@ def op(
     peers, refused = _peers(against, "op", setting.device)
     found = bench.measure(setting, names or list(bench.CASES), peers)
     _finish("op", found | {"left out": refused}, out, _op_rows(found))
-    typer.echo(_("Times: microseconds for a head and token (wkv), milliseconds (head, linear)."))
+    typer.echo(_("Times: microseconds for a head and token (wkv), milliseconds (all others)."))
 
 
 @app.command(context_settings=SETTINGS)

@@ -97,15 +97,20 @@ def test_recomputing_takes_less_memory() -> None:
 
 def test_each_operation_and_its_errors() -> None:
     found = op.measure(small(), list(op.CASES), ["torch"])["results"]
-    assert list(found) == ["wkv7", "wkv6", "wkv5", "head", "linear"]
+    steps = {"mix7": ["native"], "token_shift": ["native"], "relu_square": ["native"], "gates7": []}
+    assert list(found) == ["wkv7", "wkv6", "wkv5", "head", "linear", "mix7", "token_shift", "gates7", "relu_square"]
     for name, rows in found.items():
         labels = [label for label, row in rows.items() if "errors" in row]
-        assert labels == (["native", "chunked", "reference"] if name.startswith("wkv") else ["rookery", "torch"])
+        if name in steps:
+            assert labels == [*steps[name], "plain"]
+        else:
+            assert labels == (["native", "chunked", "reference"] if name.startswith("wkv") else ["rookery", "torch"])
         for label in labels:
             assert max(rows[label]["errors"].values()) < 3e-6
             assert rows[label]["forward"]["cpu"]["median"] > 0
             assert rows[label]["forward and backward"]["wall"]["median"] > 0
     assert set(found["wkv7"]["native"]["errors"]) == {"y", "dr", "dw", "dk", "dv", "da", "db", "dstate"}
+    assert set(found["token_shift"]["native"]["errors"]) >= {"y", "y5", "dx", "dbefore", "dx_g"}
     only = op.measure(small(kernel="chunked"), ["wkv6"])["results"]["wkv6"]
     assert [label for label, row in only.items() if "errors" in row] == ["chunked"]
 
