@@ -48,9 +48,11 @@ class Neighbours:
         return Passage(self, arrives, leaves)
 
     def send(self, tensor: Tensor, to: int | None, number: int) -> None:
+        """Hand `tensor`, which nobody may change any more, on to a rank; not waited for."""
         self._sent.append((dist.isend(tensor, group=self.group, group_dst=to, tag=number), tensor))
 
     def expect(self, like: Tensor, sender: int | None, number: int) -> _Expected:
+        """What a rank sends under `number`, of the shape and dtype of `like`; not waited for."""
         buffer = torch.empty_like(like, memory_format=torch.contiguous_format)
         return _Expected(buffer, dist.irecv(buffer, group=self.group, group_src=sender, tag=number))
 
@@ -63,6 +65,7 @@ class _Expected:
     work: Any
 
     def take(self) -> Tensor:
+        """Wait for it, the first time."""
         if self.work is not None:
             self.work.wait()
             self.work = None
@@ -135,16 +138,20 @@ class Passage:
             self._marks.append(mark)
 
     def arrived(self, number: int) -> Tensor:
+        """What the rank before sent; waits for it, but not again when a block is repeated."""
         return self._expected[number].take()
 
     def depart(self, number: int, tensor: Tensor) -> None:
+        """Send `tensor` to the rank after."""
         tensor = tensor.detach().to(self._like[number].dtype).contiguous()
         self._neighbours.send(tensor, self._neighbours.after, number)
 
     def gradient_arrived(self, number: int) -> Tensor:
+        """The gradient of what was sent to the rank after; waits for it."""
         return self._gradients.pop(number).take()
 
     def gradient_departs(self, number: int, gradient: Tensor) -> None:
+        """Send the gradient of what arrived back to the rank before."""
         gradient = gradient.to(self._like[number].dtype).contiguous()
         self._neighbours.send(gradient, self._neighbours.before, number)
 
@@ -157,10 +164,12 @@ class Slot:
         self._passage, self._number, self._initial = passage, number, initial
 
     def exchange(self, last: Tensor) -> Tensor:
+        """As the function of this name."""
         self._passage.send(self._number, last)
         return self._passage.receive(self._number, self._initial)
 
     def through(self, recurrence: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """As the function of this name."""
         y, last = recurrence(self._passage.receive(self._number, self._initial))
         self._passage.send(self._number, last)
         return y, last
