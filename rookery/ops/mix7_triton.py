@@ -33,9 +33,9 @@ def mix7_triton(
     """Shapes as in `rookery.ops.mix7`, all of one dtype but the state."""
     heads = (*r.shape[:2], *r_k.shape)
     r, w, k, v, a, g = (x.reshape(heads) for x in (r, w, k, v, a, g))
-    removal, key, b = _Before.apply(*tracked(k, a, k_k, k_a))
+    removal, key, b = _BeforeWKV7.apply(*tracked(k, a, k_k, k_a))
     y, state = wkv7(r, w, key, v, removal, b, state, backend=kernel, packing=packing)
-    return _After.apply(eps, *tracked(y, r, key, v, g, r_k, ln_weight, ln_bias)).flatten(2), state
+    return _AfterWKV7.apply(eps, *tracked(y, r, key, v, g, r_k, ln_weight, ln_bias)).flatten(2), state
 
 
 def rows(N: int) -> int:
@@ -43,7 +43,7 @@ def rows(N: int) -> int:
     return 1024 // N
 
 
-class _Before(torch.autograd.Function):
+class _BeforeWKV7(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from rookery.ops import mix7_triton_kernels as kernels
@@ -77,7 +77,7 @@ class _Before(torch.autograd.Function):
         return dk, da, dk_k.view(k_k.shape), dk_a.view(k_a.shape)
 
 
-class _After(torch.autograd.Function):
+class _AfterWKV7(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, eps: float, y: Tensor, r: Tensor, key: Tensor, v: Tensor, g: Tensor,
