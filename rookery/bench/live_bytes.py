@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 
@@ -25,7 +25,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            # A meta tensor has no memory, and a DTensor that of another tensor.
+            if isinstance(tensor, Tensor) and not tensor.is_meta and not is_traceable_wrapper_subclass(tensor):
                 self._see(tensor.untyped_storage())
         if self._total > self.peak:  # by what was seen; some of it may be gone
             self._seen = {key: entry for key, entry in self._seen.items() if not entry[0].expired()}

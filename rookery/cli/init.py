@@ -51,18 +51,17 @@ def init(
 
     import torch
 
-    from rookery.formats import combine, write_pth
+    from rookery.formats import write_initial
     from rookery.formats.beside import carry, carry_from
-    from rookery.models import ModelShape, create, initialise
+    from rookery.models import ModelShape, create
 
-    model = create(ModelShape.of_config(config.model))
-    initialise(model, config.run.random_seed)
-    initial = combine(model.state_dict(), tensors if source else {}, source)
+    shape = ModelShape.of_config(config.model)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(str(config.run.precision), torch.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_pth(path, {name: tensor.to(dtype) for name, tensor in initial.items()})
+    write_initial(path, shape, config.run.random_seed, dtype, tensors if source else {}, source)
     kept = carry(vocabulary, path) if vocabulary else carry_from(source, path) if source else None
-    size = sum(tensor.numel() for tensor in model.parameters())
+    with torch.device("meta"):
+        size = sum(tensor.numel() for tensor in create(shape).parameters())
     typer.echo(
         _(
             "{path}: {version}, {n_layer} layers, width {n_embd}, {size} parameters",

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, C width, H heads of N channels, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -176,12 +176,18 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Set every parameter to its value in the reference's rwkv-init.pth."""
+        for _part, initialise in self.parts():
+            initialise(generator)
+
+    def parts(self) -> Iterator[tuple[nn.Module, Callable[[torch.Generator], object]]]:
+        """All modules with parameters, in the order in which they are initialised, each with what does it."""
         V, C = self.emb.weight.shape
-        self.emb.weight.uniform_(-1e-4, 1e-4, generator=generator)
-        orthogonal_(self.head.weight, 0.5 * math.sqrt(V / C) if V > C else 0.5, generator)
-        self.ln_out.reset_parameters()
+        yield self.emb, lambda generator: self.emb.weight.uniform_(-1e-4, 1e-4, generator=generator)
+        gain = 0.5 * math.sqrt(V / C) if V > C else 0.5
+        yield self.head, lambda generator: orthogonal_(self.head.weight, gain, generator)
+        yield self.ln_out, lambda generator: self.ln_out.reset_parameters()
         for block in self.blocks:
-            block.initialise(generator)
+            yield block, block.initialise
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ in its files are neither read nor written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -173,12 +173,11 @@ class Legacy(LanguageModel):
             x = x + self.blocks[0].positions(tokens.shape[1])
         return x, [embedding]
 
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        super().initialise(generator)
+    def parts(self) -> Iterator[tuple[nn.Module, Callable[[torch.Generator], object]]]:
+        yield from super().parts()
         if self.shape.parts.head_qk:
-            nn.init.zeros_(self.head_q.weight)
-            orthogonal_(self.head_k.weight, 0.1, generator)
+            yield self.head_q, lambda generator: nn.init.zeros_(self.head_q.weight)
+            yield self.head_k, lambda generator: orthogonal_(self.head_k.weight, 0.1, generator)
 
 
 class LegacyRWKV5(Legacy, RWKV5):

@@ -10,7 +10,7 @@ from torch import nn
 
 from rookery.adapters import AdapterConfig, adapter_tensors, attach, attached, initial_factors
 from rookery.config import TrainConfig
-from rookery.formats import Base, assign, combine, write_adapter, write_pth, write_weights
+from rookery.formats import Base, assign, read_weights, write_adapter, write_initial, write_weights
 from rookery.formats.merge import merge
 from rookery.models import Model, ModelShape, create, initialise
 from rookery.quant import quantise
@@ -22,10 +22,11 @@ from rookery.train.strategies import Engine
 
 
 def build_model(config: TrainConfig, start: Start, files: RunFiles, ranks: Ranks) -> Model:
-    """The model on the CPU. What trains has fp32 weights; what does not has no gradient.
+    """The model on the CPU. Weights lie in the mapped file, of which every rank reads what its engine takes; what does
+    not train has no gradient.
 
-    A new one, and one that stage 1 makes of another, is written to rwkv-init.pth and begins as that file says; so it is
-    with a new adapter and adapter-init.safetensors. Every rank makes the same; rank 0 writes.
+    A new one, and one that stage 1 makes of another, is written to rwkv-init.pth by rank 0, block by block, and begins
+    as that file says; so it is with a new adapter and adapter-init.safetensors.
     """
     shape = ModelShape.of_config(config.model)
     is_new = start.shape is None or config.run.train_stage == 1
@@ -45,21 +46,23 @@ def _whole_model(
     config: TrainConfig, start: Start, shape: ModelShape, is_new: bool, init_file: Path, ranks: Ranks
 ) -> Model:
     """A model all of which trains."""
-    model = create(shape, kernel=config.run.kernel, dropout=config.optim.dropout)
-    tensors = start.tensors or {}
+    kernel, dropout = config.run.kernel, config.optim.dropout
+    tensors, name = start.tensors or {}, str(start.file)
     if is_new:
-        initialise(model, config.run.random_seed)
-        dtype = DTYPES[str(config.run.precision)]
-        initial = combine(model.state_dict(), tensors, str(start.file))
-        initial = {name: tensor.to(dtype) for name, tensor in initial.items()}
         if ranks.main:
-            write_pth(init_file, initial)
-        model.load_state_dict(initial)
-        return model
-    if config.model.load_partial:
+            dtype = DTYPES[str(config.run.precision)]
+            with ranks.patience():
+                write_initial(init_file, shape, config.run.random_seed, dtype, tensors, name)
+        ranks.barrier()
+        tensors, name = read_weights(init_file), str(init_file)
+    elif config.model.load_partial:
+        model = create(shape, kernel=kernel, dropout=dropout)
         initialise(model, config.run.random_seed)
-        tensors = model.state_dict() | tensors
-    assign(model, tensors, str(start.file))
+        assign(model, model.state_dict() | tensors, name)
+        return model
+    with torch.device("meta"):
+        model = create(shape, kernel=kernel, dropout=dropout)
+    assign(model, tensors, name, share=True)
     return model
 
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from train_pieces import random_tokens, tiny_model
+from train_pieces import random_tokens, tiny_model, tiny_shape
 
 from rookery.adapters import AdapterConfig, attach
+from rookery.bench.live_bytes import LiveBytes
 from rookery.config.launcher import find_place
 from rookery.config.tree import DeviceSection
-from rookery.formats import write_weights
+from rookery.formats import assign, read_weights, write_initial, write_weights
+from rookery.models import create
 from rookery.quant import quantise
 from rookery.train.loop import Batch, fit
 from rookery.train.optim import build_optimizer, parameter_groups
@@ -175,6 +178,23 @@ def lean(strategy: str, folder: Path, ranks: Ranks) -> dict[str, list[list[float
     return {"all": seen + rest, "rest": rest, "again": train(again, ranks, range(SAVED, STEPS))}
 
 
+def bytes_of_building(folder: Path, ranks: Ranks) -> dict[str, int]:
+    """Most bytes of tensors while rank 0 writes initial weights, and while each takes its rows of them."""
+    shape = replace(tiny_shape(), n_layer=8)
+    file = folder / "mapped.pth"
+    with LiveBytes([]) as writing:
+        if ranks.main:
+            write_initial(file, shape, 0, torch.bfloat16, {}, "")
+    ranks.barrier()
+    with torch.device("meta"):
+        model = create(shape, kernel="chunked")
+    assign(model, read_weights(file), "", share=True)
+    whole = sum(4 * p.numel() for p in model.parameters())
+    with LiveBytes(model.parameters()) as taking:
+        engine_of(model, torch.bfloat16, "fsdp", ranks)
+    return {"whole": whole, "writing": writing.peak, "taking": taking.peak}
+
+
 def main(folder: Path, strategies: list[str]) -> None:
     with joined(find_place(), "cpu") as ranks:
         found = {}
@@ -189,6 +209,7 @@ def main(folder: Path, strategies: list[str]) -> None:
                 found[strategy]["lean"] = lean(strategy, folder / f"{strategy} lean", ranks)
             for kind in fine_tunings(strategy):
                 found[strategy][kind] = fine_tune(kind, strategy, ranks)
+        found["bytes"] = bytes_of_building(folder, ranks)
         if ranks.main:
             (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 

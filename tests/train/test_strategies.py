@@ -151,3 +151,10 @@ def test_frozen_models_with_states_adapters_and_quantised_layers(pair, strategy,
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=close)
         assert norm == pytest.approx(expected_norm, rel=20 * close)
+
+
+def test_no_rank_ever_has_the_whole_model_in_memory(pair):
+    """Of eight blocks: rank 0 writes one after another, and each of two ranks takes half of each from the file."""
+    found = pair["bytes"]
+    assert found["writing"] < 0.4 * found["whole"]
+    assert 0.4 * found["whole"] < found["taking"] < 0.75 * found["whole"]

@@ -12,7 +12,7 @@ from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.train.ranks import ALONE, Ranks
 from rookery.train.strategies.engine import Engine
-from rookery.train.strategies.single import SingleDevice
+from rookery.train.strategies.single import SingleDevice, own, owned
 
 __all__ = ["Engine", "SingleDevice", "create_engine"]
 
@@ -31,13 +31,17 @@ def create_engine(
     """The engine of the run's strategy.
 
     Args:
-        model: with unrounded weights; moved to `device`, where it is not None.
+        model: with weights in any dtype, perhaps of a mapped file; they come to `device` one by one.
+        dtype: of its arithmetic.
         masters: whether a bf16 model has fp32 master weights. DeepSpeed always makes them.
+        device: where it trains; None: where it is.
     """
     device = device or next(model.parameters()).device
     whole = all(p.requires_grad for p in model.parameters())
-    if settings is None or settings.strategy != "fsdp" or not whole:
-        model = model.to(device)  # FSDP2 moves block after block, so that no device ever holds a whole model
+    kept = dtype if dtype == torch.float64 or (dtype == torch.bfloat16 and not masters) else torch.float32
+    if settings is None or settings.strategy != "fsdp":
+        own(model, device, kept)
+        model = model.to(device)
     if ranks.world_size == 1:
         return SingleDevice(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, masters=masters)
     from rookery.train.strategies.replicated import Replicated
@@ -68,7 +72,8 @@ def create_engine(
                 model, build_optimizer, dtype=dtype, grad_clip=grad_clip, masters=masters, device=device, ranks=ranks
             )
         # In fine-tuning little trains: that is copied to every rank, and only the frozen model is cut up.
-        for p in model.parameters():
-            p.data = p.data if p.requires_grad else p.data.to(dtype)
-        shard(model, dtype, device, replicated={p for p in model.parameters() if p.requires_grad})
+        trained = {p for p in model.parameters() if p.requires_grad}
+        for p in trained:
+            p.data = owned(p.data, device, kept)
+        shard(model, dtype, device, dtype, replicated=trained)
     return Replicated(model, build_optimizer, dtype=dtype, grad_clip=grad_clip, masters=masters, ranks=ranks)

@@ -19,23 +19,35 @@ from rookery.formats import Pending
 from rookery.train.lean_adamw import Moment8
 from rookery.train.ranks import Ranks
 from rookery.train.strategies.pieces import OPTIMIZER, WEIGHTS, Piece, write_pieces
-from rookery.train.strategies.single import SingleDevice
+from rookery.train.strategies.single import SingleDevice, owned
 
 
-def shard(model: Any, dtype: torch.dtype, device: torch.device, replicated: set[nn.Parameter] | None = None) -> None:
-    """Keep of each parameter only this rank's rows, on `device` and in the dtype it has; it is used in `dtype`, block
-    by block.
+def shard(
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: torch.dtype,
+    replicated: set[nn.Parameter] | None = None,
+) -> None:
+    """Keep of each parameter only this rank's rows, on `device` and in the dtype `kept`; it is used in `dtype`, block
+    by block. Whole, on the device and beside the file that it is read from, there is never more than one block, or the
+    embedding with the head.
 
     Args:
         replicated: parameters that every rank keeps whole; FSDP2 leaves them alone.
     """
+    replicated = replicated or set()
+    done = set(replicated)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     # Inputs are not cast: the state of the recurrence stays in fp32.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact, cast_forward_inputs=False)
     # ln0 is part of the first block, but works before it.
     for module in (model.blocks[0].ln0, *model.blocks, model):
+        for p in set(module.parameters()) - done:
+            p.data = owned(p.data, device, kept)
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=replicated)
+        done |= set(module.parameters())
     register_fsdp_forward_method(model, "loss")
     # Nothing works in place on what a block returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -65,11 +77,11 @@ class Sharded(SingleDevice):
         self.rank, self.world_size = ranks.rank, ranks.world_size
 
     def _prepare(self, model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], nn.Module]:
-        if dtype == torch.bfloat16 and not self._rounded:
-            model = model.to(dtype)  # no masters
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        kept = exact if self._rounded else dtype
         self._rounded = False  # FSDP2 rounds what it gathers
         self._dtype = dtype
-        shard(model, dtype, self.device)
+        shard(model, dtype, self.device, kept)
         self._shards: dict[str, Any] = dict(model.named_parameters())  # DTensors
         # The optimiser sees plain tensors: it works on each element alone.
         return {name: p.detach().to_local() for name, p in self._shards.items()}, model

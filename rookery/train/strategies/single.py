@@ -39,7 +39,8 @@ class SingleDevice:
     ) -> None:
         """
         Args:
-            model: on its device, with unrounded weights (fp32 or fp64); converted to `dtype` here.
+            model: on its device, with weights of its own in fp32 or fp64, or, if it has no masters, in bf16; converted
+                to `dtype` here.
             build_optimizer: makes the optimiser over the master weights, given by name. It must honour the attributes
                 `grad_scale` and `found_inf`, as PyTorch's fused optimisers do, and keep `names` in its groups.
             dtype: of the model's parameters and activations.
@@ -192,6 +193,18 @@ class SingleDevice:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._loss_scale is not None:
             self._loss_scale.load_state_dict(state["loss_scale"])
+
+
+def own(module: nn.Module, device: torch.device, kept: torch.dtype) -> None:
+    """Give what trains memory of its own on `device`, in the dtype `kept`, one parameter after another; what does not
+    train is moved there as it is."""
+    for p in module.parameters():
+        p.data = owned(p.data, device, kept) if p.requires_grad else p.data.to(device)
+
+
+def owned(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy: what trains must not write into a mapped file."""
+    return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _pending(name: str, tensor: Tensor | Moment8) -> Pending:
