@@ -132,7 +132,7 @@ def check(shape: ModelShape, name: str) -> None:
         raise UserError(
             _(
                 "{path} is {version}; the Hugging Face layout that is written here is that of x070 "
-                "(RWKV7ForCausalLM). .safetensors, .st and .gguf take it",
+                "(RWKV7ForCausalLM). .safetensors and .st take it",
                 path=name,
                 version=shape.version,
             )

@@ -129,7 +129,10 @@ def load_pth(file: Path) -> object:
     with open(file, "rb") as content:
         begin = content.read(2)
     if begin not in (b"PK", b"\x80\x02"):  # a zip archive; before PyTorch 1.6, a pickle
-        if kind := OTHER_KINDS.get(file.suffix.lower()):
+        inside = _kind_inside(file)
+        if inside == ".safetensors":
+            raise _mislabelled(file, inside)
+        if kind := OTHER_KINDS.get(inside or file.suffix.lower()):
             raise UserError(
                 _("{path} is {kind}, no file of weights: choose a .pth or .safetensors", path=file, kind=_(kind))
             )
@@ -199,7 +202,26 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as content:
             return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        inside = _kind_inside(file) if file.exists() else None
+        if inside == ".pth":
+            raise _mislabelled(file, inside) from error
         raise UserError(_("{path} is damaged or no safetensors file ({error})", path=file, error=error)) from error
+
+
+def _kind_inside(file: Path) -> str | None:
+    """The ending that fits what a file begins with: .pth, .safetensors or .gguf."""
+    with open(file, "rb") as content:
+        begin = content.read(9)
+    if begin[:4] == b"GGUF":
+        return ".gguf"
+    if begin[:4] == b"PK\x03\x04":
+        return ".pth"
+    size = int.from_bytes(begin[:8], "little")
+    return ".safetensors" if begin[8:] == b"{" and 8 + size <= file.stat().st_size else None
+
+
+def _mislabelled(file: Path, ending: str) -> UserError:
+    return UserError(_("{path} is a {ending} under another name: rename it to end so", path=file, ending=ending))
 
 
 def _shards(index: Path) -> list[Path]:

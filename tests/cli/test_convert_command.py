@@ -90,6 +90,21 @@ def test_nothing_is_replaced_unasked(model: Path, tmp_path: Path, capsys: pytest
     assert read_weights(out)["emb.weight"].dtype == torch.float16
 
 
+def test_files_under_another_name(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(model, "-o", tmp_path / "a.safetensors") == convert(model, "-o", tmp_path / "a.gguf") == 0
+    capsys.readouterr()
+    for right, wrong, said in (
+        (model / "rwkv-final.pth", "b.safetensors", "is a .pth under another name"),
+        (tmp_path / "a.safetensors", "b.pth", "is a .safetensors under another name"),
+        (tmp_path / "a.gguf", "c.pth", "is a GGUF model"),
+    ):
+        right.rename(tmp_path / wrong)
+        assert convert(tmp_path / wrong, "-o", tmp_path / "out.pth") == 2
+        assert f"{tmp_path / wrong} {said}" in capsys.readouterr().err
+        assert not (tmp_path / "out.pth").exists()
+        (tmp_path / wrong).rename(right)
+
+
 @pytest.mark.parametrize("source", ["run", "run/rwkv-final.pth"])
 def test_a_file_is_not_read_and_written_at_once(
     source: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
