@@ -68,9 +68,13 @@ def evaluate(
     from rookery.cli.progress import bar
     from rookery.eval import answers as exact
     from rookery.eval import arithmetic as suite
-    from rookery.eval import perplexity, write_report
+    from rookery.eval import check_place, perplexity, write_report
     from rookery.infer import open_model
 
+    if out is None and (path / "config.toml").exists():
+        out = path / f"eval-{datetime.now():%Y%m%d-%H%M%S}.json"
+    if out:
+        check_place(out)
     model, vocabulary = open_model(path, tokenizer_name=tokenizer, device=device, state=state, adapter=adapter)
     results: dict[str, Any] = {"model": model_facts(path, state, adapter)}
     if level:
@@ -106,8 +110,6 @@ def evaluate(
                 model, vocabulary, names, few_shot=few_shot, limit=limit, as_chat=as_chat, progress=progress
             )
         print_tasks(results["tasks"]["results"])
-    if out is None and (path / "config.toml").exists():
-        out = path / f"eval-{datetime.now():%Y%m%d-%H%M%S}.json"
     if out:
         write_report(out, results)
         typer.echo(_("Results: {path}", path=out))

@@ -22,6 +22,9 @@ from rookery.tokenizer import Tokenizer
 CHUNK = 512
 """Tokens read in one forward pass: of several short documents, or of a part of a long one, whose state carries on."""
 
+LARGEST = 700.0
+"""Loss, in nats, beyond which the perplexity is no number any more."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -42,7 +45,7 @@ class Result:
     @property
     def perplexity(self) -> float:
         """Of a token; depends on the tokenizer."""
-        return math.exp(self.loss)
+        return math.exp(self.loss) if not self.loss > LARGEST else math.inf
 
     @property
     def bits_per_byte(self) -> float:

@@ -7,17 +7,24 @@ from pathlib import Path
 import numpy as np
 
 from rookery.formats.load import sources_of
-from rookery.tokenizer import Tokenizer, load_beside, save_beside
+from rookery.tokenizer import Tokenizer, load, save_beside
 
 
-def beside(path: str | Path) -> Tokenizer | None:
-    """The vocabulary kept with a weight file, as `NAME.vocab.json` or `NAME.vocab.txt`, or in its folder or in a run
-    directory, as `vocab.json` or `vocab.txt`; of a run that began with a model, also what is kept with that. None where
-    there is none, as for World."""
+def vocabulary_file(path: str | Path) -> Path | None:
+    """The vocabulary kept with a weight file: `NAME.vocab.json` or `NAME.vocab.txt`, else `vocab.json` or `vocab.txt`
+    in its folder or in a run directory; of a run that began with a model, also what is kept with that. None where there
+    is none, as for World."""
     stems = []
     for place in dict.fromkeys((Path(path), sources_of(path).base)):
         stems += [place / "vocab"] if place.is_dir() else [_stem(place), place.parent / "vocab"]
-    return next((found for found in map(load_beside, stems) if found), None)
+    files = (Path(f"{stem}{suffix}") for stem in stems for suffix in (".json", ".txt"))
+    return next((file for file in files if file.exists()), None)
+
+
+def beside(path: str | Path) -> Tokenizer | None:
+    """What is in `vocabulary_file`."""
+    file = vocabulary_file(path)
+    return load(file) if file else None
 
 
 def carry(tokenizer: Tokenizer, file: Path) -> Path | None:

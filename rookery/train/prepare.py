@@ -9,11 +9,11 @@ from rookery.config import Origin, Origins, Resolved, TrainConfig, origins_of, p
 from rookery.data import Dataset, open_datasets
 from rookery.errors import UserError
 from rookery.formats import weight_file
+from rookery.formats.beside import vocabulary_file
 from rookery.i18n import _
 from rookery.ops.backend import Call
 from rookery.ops.wkv6 import OP as WKV6
 from rookery.ops.wkv7 import OP as WKV7
-from rookery.tokenizer import load_beside
 from rookery.train.device import device_facts
 from rookery.train.precision import DTYPES
 from rookery.train.ranks import ALONE, Ranks
@@ -67,9 +67,9 @@ def prepare_run(
         vocab_size = model_facts["vocab_size"]
     data = config.data
     if not data.tokenizer and start.file is not None:
-        folder = weight_file(start.file).parent
-        if load_beside(folder / "vocab") is not None:
-            data = data.model_copy(update={"tokenizer": str(folder)})
+        kept = vocabulary_file(weight_file(start.file))
+        if kept is not None:
+            data = data.model_copy(update={"tokenizer": str(kept)})
     dataset, validation = open_data(
         data,
         vocab_size=vocab_size,

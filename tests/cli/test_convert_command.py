@@ -62,6 +62,10 @@ def test_a_vocabulary_goes_with_its_model(out: str, model: Path, tmp_path: Path,
     save_beside(World.compact("好"), tmp_path / "other" / "vocab")
     again = open_model(tmp_path / out, device="cpu")[1]
     assert again.encode("你好") == VOCABULARY.encode("你好"), "its own comes first"
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "你好你好你好"}\n' * 20, encoding="utf-8")
+    words = ["train", "--load_model", tmp_path / out, "--data_file", data, "--ctx_len", 8, "--explain"]
+    assert run([*map(str, words), "--proj_dir", str(tmp_path / "next")]) == 0, "training finds it too"
 
 
 def test_a_vocabulary_goes_with_what_is_merged(model: Path, tmp_path: Path) -> None:

@@ -182,3 +182,19 @@ def test_results_lie_beside_the_run(model, tmp_path) -> None:
     assert results["text"]["file"] == str(text)
     assert results["model"]["files"] == [str(folder / "rwkv-final.pth")]
     assert results["model"]["measured"] > "2026"
+
+
+def test_a_place_that_cannot_be_written_is_told_first(model, tmp_path, capsys) -> None:
+    (tmp_path / "taken").write_text("", encoding="utf-8")
+    for place in (tmp_path / "taken" / "eval.json", tmp_path):
+        assert run(["eval", str(tmp_path / "absent.pth"), "--text", "absent.txt", "-o", str(place)]) == 2
+        assert f"Cannot write {place}: " in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_null(tmp_path) -> None:
+    lost = perplexity.Result(loss=800.0, tokens=2, text_bytes=2)
+    assert lost.perplexity == math.inf
+    assert math.isnan(perplexity.Result(loss=math.nan, tokens=2, text_bytes=2).perplexity)
+    write_report(tmp_path / "eval.json", {"text": lost.report()})
+    text = (tmp_path / "eval.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail)["text"]["perplexity"] is None
