@@ -96,9 +96,9 @@ def epoch_steps(global_batch: int) -> int:
         above = min((d for d in divisors if d > global_batch), default=divisors[-1])
         raise UserError(
             _(
-                "one optimiser step takes {batch} samples (micro_bsz x devices x num_nodes x accumulate_grad_batches), "
-                "which does not divide the {mini_epoch} samples of a mini-epoch: make it {below} or {above}, or give "
-                "epoch_steps",
+                "one optimiser step takes {batch} samples (micro_bsz x devices x num_nodes x accumulate_grad_batches / "
+                "context_parallel), which does not divide the {mini_epoch} samples of a mini-epoch: make it {below} or "
+                "{above}, or give epoch_steps",
                 batch=global_batch,
                 mini_epoch=MINI_EPOCH,
                 below=below,
