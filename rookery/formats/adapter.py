@@ -24,8 +24,9 @@ from torch import Tensor
 from rookery import __version__
 from rookery.adapters import AdapterConfig
 from rookery.errors import UserError
+from rookery.formats.pieces import are_pieces, read_pieces
 from rookery.formats.stream import Pending, write_weights
-from rookery.formats.weights import checkpoint_weights, read_weights, whole
+from rookery.formats.weights import checkpoint_weights, read_weights
 from rookery.i18n import _
 from rookery.models import ModelShape
 
@@ -221,7 +222,7 @@ def _of_run(folder: Path) -> AdapterFile:
     if files[0].stem == "adapter-final" or newest is None or newest.stat().st_mtime_ns < files[0].stat().st_mtime_ns:
         return found
     # An unfinished run: what its checkpoint trained, over what does not train (the factors that a PiSSA began with).
-    content, _metadata = _content(whole(newest))
+    content = read_pieces(newest) if are_pieces(newest) else _content(newest)[0]
     trained = {re.sub(r"\.adapters\.\w+\.", ".", name): tensor for name, tensor in content.items()}
     return replace(found, path=newest, tensors=found.tensors | trained)
 

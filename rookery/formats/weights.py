@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rookery.errors import UserError
 from rookery.formats import ai00, hf
+from rookery.formats.pieces import are_pieces, read_pieces
 from rookery.formats.stream import AI00, SAFETENSORS
 from rookery.i18n import N_, _
 
@@ -31,7 +32,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a .pth, .safetensors, .st or .state file, a Hugging Face directory of an RWKV-7 model, or a run directory,
-            whose newest weights are meant.
+            whose newest weights are meant; of weights in pieces, as several devices save them, any one.
 
     Raises:
         UserError: the file is missing, of an unknown kind, damaged, or holds something else than tensors.
@@ -40,6 +41,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     suffix = file.suffix.lower()
     if file.name == hf.INDEX:
         tensors = {name: tensor for shard in _shards(file) for name, tensor in _read_safetensors(shard).items()}
+    elif are_pieces(file):
+        tensors = read_pieces(file)
     elif suffix in SAFETENSORS:
         tensors = _read_safetensors(file)
     else:
@@ -67,7 +70,7 @@ def weight_file(path: str | Path) -> Path:
     numbered = [file for file in path.iterdir() if re.fullmatch(r"rwkv-\d+\.pth", file.name)]
     candidates = [*numbered, *checkpoint_weights(path)]
     if candidates:
-        return whole(max(candidates, key=lambda file: file.stat().st_mtime_ns))
+        return max(candidates, key=lambda file: file.stat().st_mtime_ns)
     adapters = list(path.glob("adapter-*.safetensors"))
     if adapters:
         return max(adapters, key=lambda file: file.stat().st_mtime_ns)
@@ -84,23 +87,6 @@ def checkpoint_weights(run: Path) -> list[Path]:
         for name in ("weights.safetensors", "weights-00000-of-*.safetensors")
         for file in run.glob(f"checkpoints/step-*/{name}")
     ]
-
-
-def whole(file: Path) -> Path:
-    """`file` itself.
-
-    Raises:
-        UserError: it is only a piece of what several devices saved.
-    """
-    if not file.name.startswith("weights-"):
-        return file
-    raise UserError(
-        _(
-            "the newest weights of {folder} lie in pieces, as several devices saved them: go on with the training, "
-            "also on one device, to its end or to the next rwkv-N.pth, or name an older file of the folder",
-            folder=file.parent.parent.parent,
-        )
-    )
 
 
 def normalise(tensors: Mapping[str, Tensor], *, in_ai00: bool = False) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ from torch import Tensor
 from rookery.config import TrainConfig
 from rookery.errors import UserError
 from rookery.formats import AdapterFile, read_adapter, read_weights, shape_of
+from rookery.formats.pieces import WEIGHTS, Pieces
 from rookery.i18n import _
 from rookery.models import ModelShape
 from rookery.train import checkpoint
 from rookery.train.ranks import Ranks
 from rookery.train.rundir import RunFiles
-from rookery.train.strategies.pieces import WEIGHTS, Pieces
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rookery.formats.pieces import OPTIMIZER, WEIGHTS
 from rookery.train.ranks import Ranks
-from rookery.train.strategies.pieces import OPTIMIZER, WEIGHTS, Piece, write_pieces
+from rookery.train.strategies.pieces import Piece, write_pieces
 from rookery.train.strategies.single import SingleDevice
 
 BUCKET_BYTES = 25 << 20

@@ -16,9 +16,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from rookery.formats import Pending
+from rookery.formats.pieces import OPTIMIZER, WEIGHTS
 from rookery.train.lean_adamw import Moment8
 from rookery.train.ranks import Ranks
-from rookery.train.strategies.pieces import OPTIMIZER, WEIGHTS, Piece, write_pieces
+from rookery.train.strategies.pieces import Piece, write_pieces
 from rookery.train.strategies.single import SingleDevice, owned
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rookery.formats import Pending, write_weights
+from rookery.formats.pieces import OPTIMIZER, WEIGHTS, Pieces
 from rookery.train.lean_adamw import Moment8, dense, restored
 from rookery.train.optim import apply_rates
 from rookery.train.precision import LossScale
 from rookery.train.schedule import Rates
-from rookery.train.strategies.pieces import OPTIMIZER, WEIGHTS, Pieces
 
 
 class SingleDevice:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from rookery.errors import UserError
 from rookery.formats import Pending
+from rookery.formats.pieces import OPTIMIZER, WEIGHTS, Pieces
 from rookery.i18n import _
 from rookery.train.optim import apply_rates
 from rookery.train.ranks import Ranks
 from rookery.train.schedule import Rates
-from rookery.train.strategies.pieces import OPTIMIZER, WEIGHTS, Piece, Pieces, write_pieces
+from rookery.train.strategies.pieces import Piece, write_pieces
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's tensors of the size of a parameter."""
