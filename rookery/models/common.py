@@ -154,7 +154,8 @@ class LanguageModel(nn.Module):
             trained, l2wrap, chunk: as in `rookery.ops.head_loss`.
         """
         x, after = self.hidden(tokens, state, lengths=lengths)
-        return head_loss(x, self.head.weight, targets, trained=trained, chunk=chunk, l2wrap=l2wrap), after
+        loss = head_loss(x, self.head.weight, targets, trained=trained, chunk=chunk, l2wrap=l2wrap, kernel=self.kernel)
+        return loss, after
 
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What enters the first block, (B, T, C), and what blocks carry on beside it."""

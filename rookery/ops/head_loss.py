@@ -17,17 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rookery.ops.backend import exact_dtype, tracked, under_autocast
+from rookery.ops import head_loss_triton
+from rookery.ops.backend import Backend, Call, Op, beside, exact_dtype, never_refuses, tracked, under_autocast
 from rookery.ops.linear import linear
 
 L2WRAP = 1e-4
 CHUNK_BYTES = 64 << 20
-"""Size of the logits of one chunk when `chunk` is not given."""
+"""Size of the logits of one chunk, in the precision of sums, when `chunk` is not given."""
+
+LARGE_CHUNK_BYTES = 512 << 20
+"""The same on a GPU where logits become gradients in place, if the head trains: its gradient, summed in fp32, is read
+and written for every chunk."""
 
 
 def head_loss(
-    x: Tensor, weight: Tensor, targets: Tensor, *, trained: int | None = None, chunk: int = 0, l2wrap: bool = True
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, *, trained: int | None = None, chunk: int = 0, l2wrap: bool = True,
+    kernel: str = "auto",
+) -> Tensor:  # fmt: skip
     """Mean cross-entropy over the trained targets.
 
     Args:
@@ -37,6 +43,7 @@ def head_loss(
         trained: number of trained targets, if it is known: a GPU is then not waited for to count them.
         chunk: rows whose logits exist at one time; 0 chooses.
         l2wrap: add the L2 term on the largest logit to the gradient.
+        kernel: "auto" or a back-end of the recurrence; where it does not exist here or cannot serve, the plain one.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 inputs); 0 when no target is trained. Gradients for `x` and `weight` are computed
@@ -45,8 +52,13 @@ def head_loss(
     if under_autocast(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    rows = chunk or max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    return _HeadLoss.apply(*tracked(x, weight), targets, trained, rows, L2WRAP if l2wrap else 0.0)
+    chosen = OP.choose(Call.of(x, weight), beside(kernel), instead="plain")
+    if not chunk:
+        size, element = CHUNK_BYTES, 4
+        if chosen.name == "triton":
+            size, element = LARGE_CHUNK_BYTES if weight.requires_grad else CHUNK_BYTES, x.element_size()
+        chunk = max(1, size // (element * weight.shape[0]))
+    return _HeadLoss.apply(*tracked(x, weight), targets, trained, chunk, L2WRAP if l2wrap else 0.0, chosen.run)
 
 
 def head_loss_plain(x: Tensor, weight: Tensor, targets: Tensor, *, l2wrap: bool = True) -> Tensor:
@@ -72,7 +84,14 @@ def logits_loss(logits: Tensor, targets: Tensor, *, l2wrap: bool = True) -> Tens
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, trained: int | None, chunk: int, l2wrap: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        trained: int | None,
+        chunk: int,
+        l2wrap: float,
+        of_rows: Any,
     ) -> Tensor:
         flat_x, flat_targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
         chosen = _trained_rows(flat_targets, trained)
@@ -84,18 +103,10 @@ class _HeadLoss(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=exact) if need_weight else None
         for start in range(0, n, chunk):
             rows = slice(start, start + chunk) if chosen is None else chosen[start : start + chunk]
-            x_rows, target_rows = flat_x[rows], flat_targets[rows, None]
-            logits = linear(x_rows, weight).to(exact)
-            lse = logits.logsumexp(dim=-1, keepdim=True)
-            loss += (lse - logits.gather(1, target_rows)).sum()
-            if not (need_x or need_weight):
-                continue
-            largest, where = logits.max(dim=-1, keepdim=True)
-            dlogits = logits.sub_(lse).exp_()
-            dlogits.scatter_add_(1, target_rows, dlogits.new_full(target_rows.shape, -1))
-            dlogits.scatter_add_(1, where, largest * l2wrap)
+            x_rows = flat_x[rows]
             # Not yet divided by n: in fp16, gradients that small would vanish before loss scaling reaches them.
-            dlogits = dlogits.to(x.dtype)
+            of_chunk, dlogits = of_rows(linear(x_rows, weight), flat_targets[rows], l2wrap, need_x or need_weight)
+            loss += of_chunk
             if dx is not None:
                 dx[rows] = linear(dlogits, weight.T)
             if dweight is not None:
@@ -110,7 +121,22 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         scale = upstream / ctx.rows
         dx, dweight = (None if grad is None else (grad * scale).to(grad.dtype) for grad in ctx.saved_tensors)
-        return dx, dweight, None, None, None, None
+        return dx, dweight, None, None, None, None, None
+
+
+def rows_plain(logits: Tensor, targets: Tensor, l2wrap: float, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of `logits` (n, V), and their gradients; without `gradient` the second is not to be used."""
+    dtype, targets = logits.dtype, targets[:, None]
+    logits = logits.to(exact_dtype(dtype))
+    lse = logits.logsumexp(dim=-1, keepdim=True)
+    loss = (lse - logits.gather(1, targets)).sum()
+    if not gradient:
+        return loss, logits
+    largest, where = logits.max(dim=-1, keepdim=True)
+    dlogits = logits.sub_(lse).exp_()
+    dlogits.scatter_add_(1, targets, dlogits.new_full(targets.shape, -1))
+    dlogits.scatter_add_(1, where, largest * l2wrap)
+    return loss, dlogits.to(dtype)
 
 
 def _trained_rows(targets: Tensor, number: int | None) -> Tensor | None:
@@ -122,3 +148,13 @@ def _trained_rows(targets: Tensor, number: int | None) -> Tensor | None:
         return None
     # Sorted, because a GPU would have to be waited for to learn how many rows a search has found.
     return (targets == -100).byte().argsort(stable=True)[:number]
+
+
+OP = Op(
+    "head_loss",
+    [
+        Backend("triton", head_loss_triton.refuses, head_loss_triton.rows),
+        Backend("plain", never_refuses, rows_plain),
+    ],
+)
+"""From the logits of some rows to their losses and gradients."""

@@ -1,4 +1,5 @@
-"""The Triton back-ends of the steps between the matrix products: `token_shift`, `relu_square`, `gates7`, `mix7`.
+"""The Triton back-ends of the steps between the matrix products: `token_shift`, `relu_square`, `gates7`, `mix7`, and
+the rows of `head_loss`.
 
 The tests of their kernels run on a GPU where there is one, elsewhere in a process of their own under Triton's
 interpreter; `test_compiles_for_a_gpu` hands them to the real compiler.
@@ -15,8 +16,9 @@ import torch
 from interpreted import DEVICE, INTERPRETED, Banded, compile_for_h200, kernels, relative_error, run_interpreted
 from torch import Tensor
 
-from rookery.ops import mix7, mix7_triton, pointwise_triton
+from rookery.ops import head_loss, head_loss_triton, mix7, mix7_triton, pointwise_triton
 from rookery.ops.backend import Call
+from rookery.ops.head_loss import head_loss_plain, rows_plain
 from rookery.ops.mix7 import mix7_plain
 from rookery.ops.packed import Packing
 from rookery.ops.pointwise import gates7_plain, relu_square_plain, token_shift_plain
@@ -122,6 +124,55 @@ def test_mix7(B: int, T: int, H: int, N: int, dtype: torch.dtype, tolerance: flo
     )  # fmt: skip
 
 
+def losses_and_gradients(
+    logits: Tensor, targets: Tensor, dtype: torch.dtype, gradient: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the kernel, and of the plain rows in fp64 on the same numbers."""
+    logits = logits.to(DEVICE, dtype)
+    exact = rows_plain(logits.double(), targets.to(DEVICE), 1e-4, gradient)
+    return list(head_loss_triton.rows(logits, targets.to(DEVICE), 1e-4, gradient)), list(exact)
+
+
+@kernels
+@dtypes
+@pytest.mark.parametrize("V", [5, 300, head_loss_triton.BLOCK, 5000])
+def test_rows_of_the_head_loss(V: int, dtype: torch.dtype, tolerance: float) -> None:
+    logits = 9 * normal(4, V)
+    logits[0, V // 2] = logits[0, 1] = 60  # of equal ones the first is the largest
+    logits[1, 3] = logits[1, (3 + head_loss_triton.BLOCK) % V] = 60
+    targets = torch.tensor([0, V - 1, V // 2, 1])
+    (loss, grads), (want, want_grads) = losses_and_gradients(logits, targets, dtype)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-6)
+    assert relative_error(grads.double(), want_grads) < tolerance
+    if dtype == torch.float32:  # in bf16, which is rounded, the term on the largest one is lost
+        assert (grads - want_grads).abs().max() < 1e-4 * 60 / 10
+    (loss, same), (want, _) = losses_and_gradients(logits, targets, dtype, gradient=False)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-6)
+    assert torch.equal(same.cpu(), logits.to(dtype))
+
+
+@kernels
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's NumPy
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_show_in_the_loss(bad: float) -> None:
+    logits = normal(2, 10)
+    logits[1, 3] = bad
+    (loss, _), _ = losses_and_gradients(logits, torch.tensor([1, 2]), torch.float32)
+    assert not loss.isfinite()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_head_loss_on_the_gpu() -> None:
+    inputs = [normal(2, 50, 64), normal(1000, 64) / 8]
+    targets = torch.randint(1000, (2, 50), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    targets[0, 3:9] = -100
+    run, plain = (
+        partial(head_loss, targets=targets, kernel="triton", chunk=30),
+        partial(head_loss_plain, targets=targets),
+    )
+    compare(run, plain, inputs, torch.bfloat16, 1e-2)
+
+
 @kernels
 def test_reads_and_writes_stay_inside() -> None:
     bands = Banded()
@@ -181,23 +232,29 @@ def test_under_the_interpreter() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("which", ["pointwise", "mix7"])
+@pytest.mark.parametrize("which", ["pointwise", "mix7", "head_loss"])
 def test_compiles_for_a_gpu(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel goes through Triton's compiler and NVIDIA's assembler for an H200, and spills no register."""
-    from rookery.ops import mix7_triton_kernels, pointwise_triton_kernels
+    from rookery.ops import head_loss_triton_kernels, mix7_triton_kernels, pointwise_triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     fp32 = {"dmixes": "*fp32", "sums": "*fp32", "begins": "*i32", "eps": "fp32"}
     types = fp32 | dict.fromkeys(("total", "T", "C", "TILES", "H", "tokens"), "i32")
+    options: dict[str, int] = {}
     if which == "pointwise":
         module = pointwise_triton_kernels
         sizes = {"ROWS": pointwise_triton.ROWS, "COLUMNS": pointwise_triton.COLUMNS, "SIZE": pointwise_triton.SIZE}
         fixed = sizes | {"M": 6, "PACKED": True, "VALUES": True}
         names = ("token_shift", "token_shift_back", "relu_square", "relu_square_back", "gates7", "gates7_back")
+    elif which == "head_loss":
+        module = head_loss_triton_kernels
+        fixed, names = {"GRADIENT": True, "BLOCK": head_loss_triton.BLOCK}, ("rows",)
+        types |= {"targets": "*i64", "losses": "*fp32", "V": "i32", "l2wrap": "fp32"}
+        options["num_warps"] = head_loss_triton.WARPS
     else:
         module = mix7_triton_kernels
         fixed = {"N": 64, "ROWS": mix7_triton.rows(64)}
         names = ("before", "before_back", "after", "after_back")
     for name in names:
-        compiled = compile_for_h200(getattr(module, name), fixed, types, otherwise="*bf16")
+        compiled = compile_for_h200(getattr(module, name), fixed, types, otherwise="*bf16", options=options)
         assert compiled.spilled == 0, (name, compiled)
