@@ -9,6 +9,7 @@ from typing import cast, get_args
 
 import typer
 
+from rookery.cli.chat import taken
 from rookery.cli.ui import listen
 from rookery.errors import UserError
 from rookery.i18n import _
@@ -123,6 +124,8 @@ def serve(
         hosts = {"localhost", "127.0.0.1", "::1", host, *allow_host} if local else set()
         server = Server(create_app(service, hosts=hosts, origins=allow_origin, keys=keys), service)
         greet(host, listener.getsockname()[1], shown, bool(keys))
+        for line in taken(path, []):
+            typer.echo(line)
         server.serve_on(listener)
     typer.echo(_("Ended."))
 

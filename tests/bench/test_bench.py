@@ -178,6 +178,7 @@ def test_peers_that_cannot_run_here_say_why() -> None:
     assert "rookery bench train" in refused[0]
     assert choose(["torch"], "train", "cpu", "x060")[0] == []
     assert choose(["torch"], "op", "cpu", "x060")[0] == ["torch"]
+    assert choose(["rwkv", "torch"], "infer", "cpu", "x060")[0] == ["rwkv"]
     with pytest.raises(UserError, match="nemo is none of torch, fla, rwkv, llama, pyrwkv"):
         choose(["nemo"], "train", "cpu")
 
@@ -222,7 +223,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         (["train", "--n_embd", "100"], "100 is not a multiple of head_size 64"),
         (["train", "--against", "nemo"], "nemo is none of torch"),
         (["infer", "--dtype", "int3"], "int3 is none of"),
-        (["infer", "--dtype", "int8", "--version", "x060"], "int8 is not possible here"),
+        (["infer", "--dtype", "int8", "--n_embd", "24", "--head_size", "8"], "int8 is not possible here"),
         (["train", "--device", "tpu"], "tpu is none of auto"),
         (["data", "--megabytes", "0"], "--megabytes"),
     ],

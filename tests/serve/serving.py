@@ -46,7 +46,7 @@ class Server:
 
     Attributes:
         url: as `http://127.0.0.1:PORT`.
-        greeting: the two lines that it printed.
+        greeting: the two lines that it printed, and of a run directory a third.
         status: of the process, when it has ended.
     """
 
@@ -61,7 +61,8 @@ class Server:
             encoding="utf-8",
         )
         assert self.process.stdout
-        self.greeting = [self.process.stdout.readline() for _line in range(2)]
+        lines = 3 if Path(args[0]).is_dir() else 2
+        self.greeting = [self.process.stdout.readline() for _line in range(lines)]
         found = re.search(r"http://\S+:\d+", self.greeting[0])
         assert found, self.errors
         self.url = found[0]

@@ -464,8 +464,9 @@ def test_answers_are_those_of_the_library(babbling, babbler) -> None:
     assert rookery.__version__ in answer.system_fingerprint
 
 
-def test_the_package_needs_no_client_library(knowing) -> None:
+def test_the_package_needs_no_client_library(knowing, clerk) -> None:
     """What the greeting tells to try works as it is."""
+    assert knowing.greeting[2] == f"Weights: {clerk / 'rwkv-final.pth'}\n"
     command = knowing.greeting[1]
     assert command.startswith(f"curl {knowing.url}/v1/chat/completions")
     body = json.loads(command.partition("-d '")[2].rstrip("'\n"))
