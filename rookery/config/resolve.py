@@ -330,6 +330,14 @@ class _Resolver:
     def fine_tuning(self) -> None:
         """What each method of fine-tuning needs."""
         peft, quant = self.values["peft"], self.values["quant"]
+        if peft != "none" and self.values["train_stage"] == 1:
+            raise UserError(
+                _(
+                    "train_stage 1 writes initial weights and trains nothing: leave out --peft {peft} there, or "
+                    "--train_stage 1 to train",
+                    peft=peft,
+                )
+            )
         if quant != "none" and peft == "none":
             raise UserError(
                 _(

@@ -46,6 +46,8 @@ class Progress:
     best_val_loss: float | None = None
     worse_validations: int = 0
     """Validations since the best one."""
+    validation_owed: bool = False
+    """Whether a stop cut the validation of this step short: it comes first when the run goes on."""
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -127,12 +129,13 @@ class Keeper(Callback):
         if early:
             raise StoppedEarly
         if stopping and not finished:
-            raise Interrupted(
-                _("Stopped and saved at step {step}. The same command goes on from here.", step=step.number)
-            )
+            raise self._interrupted(step.number)
         if not finished:
             self._observers.on_phase("training")
         self._monitor.restart_clock()
+
+    def _interrupted(self, step: int) -> Interrupted:
+        return Interrupted(_("Stopped and saved at step {step}. The same command goes on from here.", step=step))
 
     def _checkpoint_due(self, step: int, epoch_ends: bool) -> bool:
         every = self._config.run.save_every
@@ -149,6 +152,7 @@ class Keeper(Callback):
         assert self._validate is not None
         self._observers.on_phase("evaluating")
         loss = self._validate()
+        self.progress.validation_owed = loss is None
         if loss is None:
             return
         if not math.isfinite(loss):
@@ -162,6 +166,23 @@ class Keeper(Callback):
             self._save_weights("best")
         else:
             self.progress.worse_validations += 1
+
+    def catch_up(self) -> None:
+        """Before the first step: the validation that a stop cut short.
+
+        Raises:
+            StoppedEarly: by that one, `early_stop` would have ended the run.
+            Interrupted: it was cut short again.
+        """
+        if not self.progress.validation_owed or self._validate is None:
+            return
+        self._run_validation()
+        if self.progress.validation_owed:
+            raise self._interrupted(self.progress.step)
+        if self.stopped_early():
+            self._save_weights("final")
+            raise StoppedEarly
+        self._observers.on_phase("training")
 
     def stopped_early(self) -> bool:
         """Whether `early_stop` ends the run here."""

@@ -25,7 +25,6 @@ from rookery.config.tree import RunSection
 from rookery.data import Dataset, open_dataset
 from rookery.errors import Interrupted, UserError
 from rookery.i18n import _
-from rookery.models import Model
 from rookery.train import checkpoint, divergence
 from rookery.train.batches import batches
 from rookery.train.callbacks import Callback, MetricsFile, Observers, RunFacts, StatusFile, flat
@@ -37,15 +36,14 @@ from rookery.train.keeper import Keeper, Progress, StoppedEarly
 from rookery.train.loop import Batch, LossFunction, Part, fit
 from rookery.train.memory import check_memory, free_memory
 from rookery.train.monitor import Diverged, Monitor
-from rookery.train.optim import build_optimizer, parameter_groups
-from rookery.train.precision import DTYPES, set_matmul_precision
+from rookery.train.precision import set_matmul_precision
 from rookery.train.prepare import prepare_run
 from rookery.train.progress import display
 from rookery.train.ranks import RankLost, Ranks, joined
 from rookery.train.rundir import Phase, RunDir, RunFiles, replace_text
 from rookery.train.schedule import Schedule
 from rookery.train.start import Start
-from rookery.train.strategies import Engine, create_engine
+from rookery.train.strategies import Engine, build_engine
 from rookery.train.trackers import TensorBoard, Tracker, WandB
 from rookery.train.validate import Validation
 from rookery.train.weights import WeightFiles, build_model
@@ -175,7 +173,7 @@ def _run(
     if config.run.train_stage == 1:
         file = rundir.weights_file("init")
         return RunResult(0, None, None, 0, rundir.path, file, _("initial weights are in {file}", file=file))
-    engine = _build_engine(config, model, ranks)
+    engine = build_engine(config, model, ranks)
     progress = _restore(config, start, engine, ranks)
     weights = WeightFiles(config, start, rundir, engine, ranks)
     validation = prepared.validation
@@ -211,36 +209,6 @@ def _set_seeds(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _build_engine(config: TrainConfig, model: Model, ranks: Ranks) -> Engine:
-    device = torch.device("cpu" if config.device.accelerator == "cpu" else "cuda")
-    optim = config.optim
-    groups = parameter_groups(
-        ((name, p) for name, p in model.named_parameters() if p.requires_grad),
-        model.version,
-        weight_decay=optim.weight_decay > 0,
-        layerwise_lr=optim.layerwise_lr > 0,
-        second_stage=config.run.train_stage == 2,
-        lora_plus_ratio=config.adapter.lora_plus_ratio,
-    )
-    build = partial(
-        build_optimizer,
-        groups=groups,
-        betas=(optim.beta1, optim.beta2),
-        eps=float(optim.adam_eps or 0),
-        eight_bit=optim.optimizer == "adamw8bit",
-    )
-    return create_engine(
-        model,
-        build,
-        dtype=DTYPES[str(config.run.precision)],
-        grad_clip=optim.grad_clip,
-        masters=bool(optim.master_weights),
-        device=device,
-        settings=config.device,
-        ranks=ranks,
-    )
-
-
 def _restore(config: TrainConfig, start: Start, engine: Engine, ranks: Ranks) -> Progress:
     """Puts engine and generators where the checkpoint left them."""
     if start.checkpoint is None or start.state is None:
@@ -249,7 +217,8 @@ def _restore(config: TrainConfig, start: Start, engine: Engine, ranks: Ranks) ->
     engine.load(start.checkpoint)
     engine.load_state_dict(start.state["engine"])
     checkpoint.restore_random_state(start.state, ranks)
-    return Progress(**{field.name: start.state[field.name] for field in fields(Progress)})
+    known = [field.name for field in fields(Progress) if field.name in start.state]
+    return Progress(**{name: start.state[name] for name in known})
 
 
 def _schedule(config: TrainConfig, tokens_per_step: int, first_step: int) -> Schedule:
@@ -350,6 +319,7 @@ def _train(
     stop.deferred = True
     monitor.restart_clock()
     try:
+        keeper.catch_up()
         fit(
             engine,
             loss_function,

@@ -13,6 +13,8 @@ from torch import Tensor
 from rookery.config import TrainConfig
 from rookery.errors import UserError
 from rookery.formats import AdapterFile, read_adapter, read_weights, shape_of
+from rookery.formats.adapter import read_own
+from rookery.formats.load import sources_of
 from rookery.formats.pieces import WEIGHTS, Pieces
 from rookery.i18n import _
 from rookery.models import ModelShape
@@ -97,7 +99,7 @@ def find_start(config: TrainConfig, files: RunFiles, report: Callable[[str], Non
             return Start(file, tensors, epoch=number + 1 if number >= 0 else config.run.epoch_begin)
     if load_model:
         file = Path(load_model)
-        return Start(file, _merged_init_state(read_weights(file), files), epoch=config.run.epoch_begin)
+        return Start(file, _merged_init_state(_whole_model(file), files), epoch=config.run.epoch_begin)
     if damaged:
         raise UserError(
             _(
@@ -114,7 +116,7 @@ def _find_fine_tuning(config: TrainConfig, files: RunFiles, report: Callable[[st
     base = Path(config.model.load_model or files.weights_file("init"))
     if not config.model.load_model and not base.exists():
         raise UserError(_("peft {peft} begins with a trained model: give --load_model", peft=config.adapter.peft))
-    tensors = _merged_init_state(read_weights(base), files)
+    tensors = _merged_init_state(_whole_model(base), files)
     if config.adapter.peft == "state":
         return _find_states(config, files, report, Start(base, tensors, epoch=config.run.epoch_begin), ranks)
     new = Start(base, tensors, epoch=config.run.epoch_begin)
@@ -127,6 +129,31 @@ def _find_fine_tuning(config: TrainConfig, files: RunFiles, report: Callable[[st
         number, file = numbered[0]
         return replace(_with_adapter(new, file, config), epoch=number + 1)
     return _with_adapter(new, Path(config.adapter.adapter_load), config) if config.adapter.adapter_load else new
+
+
+def _whole_model(path: Path) -> dict[str, Tensor]:
+    """The weights to begin with.
+
+    Raises:
+        UserError: they are only what was trained beside a model.
+    """
+    if path.is_dir():
+        sources = sources_of(path)
+        base, part = sources.base, sources.state or sources.adapter
+    else:
+        own = path.suffix == ".safetensors" and path.exists() and read_own(path)
+        base, part = Path("MODEL"), path if own else None
+    if part is None:
+        return read_weights(path)
+    raise UserError(
+        _(
+            "{path} holds only what was trained beside {base}. To train all of both: rookery merge {base} {path} -o "
+            "merged.pth, and --load_model merged.pth. To go on with an adapter: --load_model {base} --adapter_load "
+            "{path} and its --peft.",
+            path=path,
+            base=base,
+        )
+    )
 
 
 def _with_adapter(new: Start, path: Path, config: TrainConfig) -> Start:

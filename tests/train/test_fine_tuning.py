@@ -215,12 +215,23 @@ def test_a_validation_loss_that_is_not_finite_counts_as_worse(tuning, tmp_path, 
         ({"peft": "lora", "train_parts": ["tiem"]}, "tiem is not one of"),
         ({"peft": "miss", "miss_mode": "bat", "lora_r": 5}, "not divisible by lora_r 5"),
         ({"peft": "lora", "early_stop": 2}, "val_split or val_file"),
+        ({"peft": "lora", "train_stage": 1}, "leave out --peft lora there"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_written(tuning, tmp_path, changes, message) -> None:
     with pytest.raises(UserError, match=message):
         rookery.train.run(tuning(**changes))
     assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("method", ["lora", "state"])
+def test_what_was_trained_beside_a_model_is_no_model_to_begin_with(tuning, base, tmp_path, method) -> None:
+    folder = tmp_path / "tuned"
+    rookery.train.run(tuning(**METHODS[method], proj_dir=str(folder)))
+    given = [folder, folder / "adapter-final.safetensors"] if method == "lora" else [folder]
+    for path in given:
+        with pytest.raises(UserError, match=r"rookery merge .* -o merged\.pth, and --load_model merged\.pth"):
+            rookery.train.run(tuning(peft="none", load_model=str(path)))
 
 
 def test_a_run_finds_its_base_from_anywhere(tuning, base, tmp_path, monkeypatch) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from train_pieces import CTX, STEPS, VOCAB, write_data
 
 import rookery.train
 from rookery.config import parse
-from rookery.errors import UserError
+from rookery.errors import Interrupted, UserError
 from rookery.formats import read_weights, write_pth
 from rookery.train import Callback
 
@@ -162,6 +165,28 @@ def test_validation_loss_is_reported(config, tmp_path, data_file):
     assert rows[-1]["val_loss"] == result.val_loss
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
     assert math.log(4) < rows[-1]["val_loss"] < math.log(VOCAB)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT that reaches one process alone")
+def test_a_validation_that_a_stop_cuts_short_comes_first_when_the_run_goes_on(config, tmp_path):
+    class Stop(Callback):
+        def on_record(self, record):
+            if record.step == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    val_file = write_data(tmp_path / "validation", seed=1)
+    changes = {"val_file": str(val_file), "val_every": 20, "my_exit_tokens": 22 * 2 * CTX}
+    whole = rookery.train.run(config(**changes, proj_dir=str(tmp_path / "whole")))
+    with pytest.raises(Interrupted, match="at step 20"):
+        rookery.train.run(config(**changes), callbacks=[Stop()])
+    assert not [row for row in metrics(tmp_path / "run") if row["step"] == 20 and "val_loss" in row]
+    assert rookery.train.run(config(**changes)).val_loss == whole.val_loss
+    validations = [
+        [(row["step"], row["val_loss"]) for row in metrics(tmp_path / name) if "val_loss" in row]
+        for name in ("run", "whole")
+    ]
+    assert validations[0] == validations[1]
+    assert [step for step, _loss in validations[0]] == [15, 20, 22]
 
 
 def test_divergence_stops_cleanly_and_says_where(config, tmp_path):
