@@ -258,7 +258,7 @@ class RunSection(Section):
     head_chunk: int = Field(0, ge=0, description="Tokens whose logits exist at one time in the loss; 0 = chosen")
     kernel: Literal["auto", "reference", "chunked", "native", "triton", "fla"] = Field(
         "auto",
-        description="Back-end of the recurrence and of the steps beside it; auto takes the fastest that serves the call",
+        description="Back-end of the recurrence and the steps beside it; auto takes the fastest that serves the call",
     )
 
 
