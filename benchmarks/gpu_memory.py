@@ -167,7 +167,8 @@ def megabytes(size: float) -> int:
 def describe(row: Row, count_below: float) -> dict[str, Any]:
     found: dict[str, Any] = {"published": row.published, "estimate": megabytes(estimate(row.plan).total)}
     on_this = replace(row.plan, accelerator="cpu")
-    small = estimate(on_this).total < count_below * 1e9
+    # A CPU computes in fp16 a hundred times slower.
+    small = estimate(on_this).total < count_below * 1e9 and row.plan.precision != "fp16"
     if not torch.cuda.is_available() and not small:
         return found
     words = [sys.executable, __file__, "--row", row.name]
