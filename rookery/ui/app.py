@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
@@ -52,6 +53,12 @@ def create_app(console: Console, *, ended: Callable[[], bool] = lambda: False) -
         told = None if failure is failures.UNKNOWN else failures.as_dict(failure)
         status = 403 if isinstance(error, OutsideError) else 400
         return JSONResponse({"error": str(error), "failure": told}, status_code=status)
+
+    @app.exception_handler(RequestValidationError)
+    async def misunderstand(_request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse(
+            {"error": "; ".join(f"{fault['loc'][-1]}: {fault['msg']}" for fault in error.errors())}, 422
+        )
 
     @app.get("/", response_class=HTMLResponse)
     def index() -> str:

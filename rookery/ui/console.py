@@ -76,8 +76,9 @@ class Console:
         if "folders" in values:
             if not self.local:
                 raise UserError(_("folders can be added on the machine itself, or with `rookery ui --folder`"))
-            for folder in values["folders"]:
-                if not Path(folder).expanduser().is_dir():
+            folders = values["folders"]
+            for folder in folders if isinstance(folders, list) else [folders]:
+                if not isinstance(folder, str) or not _is_folder(folder):
                     raise UserError(_("{path} is no folder", path=folder))
         settings = self.settings.changed(values)
         settings.write(self.settings_file)
@@ -216,6 +217,13 @@ class Console:
             }
             for file in files
         ]
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte, nobody's home
+        return False
 
 
 def weight_files(folder: Path, depth: int) -> Iterator[Path]:

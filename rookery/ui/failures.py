@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from rookery.i18n import N_, catalogue
 from rookery.ui.metrics import Metrics
@@ -335,10 +335,11 @@ def explain(phase: str, text: str) -> dict[str, str]:
     return as_dict(KILLED if phase == "killed" else find(text))
 
 
+@lru_cache(maxsize=64)
 def find(text: str) -> Failure:
     """The failure that `text` tells of."""
     for failure in FAILURES:
-        if any(pattern.search(text) for pattern in _patterns(failure)):
+        if any(told.within(text) for told in _tellings(failure)):
             return failure
     return UNKNOWN
 
@@ -356,10 +357,21 @@ def warnings(metrics: Metrics, *, new_model: bool) -> list[dict[str, str]]:
     return [as_dict(HIGH_LOSS)] if high else []
 
 
+@dataclass(frozen=True)
+class _Telling:
+    """One way in which a failure is told: a pattern, and what it cannot do without, which is quicker to look for."""
+
+    pattern: re.Pattern[str]
+    parts: tuple[str, ...] = ()
+
+    def within(self, text: str) -> bool:
+        return all(part in text for part in self.parts) and self.pattern.search(text) is not None
+
+
 @cache
-def _patterns(failure: Failure) -> tuple[re.Pattern[str], ...]:
+def _tellings(failure: Failure) -> tuple[_Telling, ...]:
     spoken = [text for sentence in failure.sentences for pair in said(sentence) for text in pair]
-    return tuple(re.compile(pattern) for pattern in (*failure.patterns, *map(_template, spoken)))
+    return (*(_Telling(re.compile(pattern)) for pattern in failure.patterns), *map(_template, spoken))
 
 
 def said(sentence: str) -> list[tuple[str, str]]:
@@ -370,7 +382,8 @@ def said(sentence: str) -> list[tuple[str, str]]:
     return [(english, chinese) for english, chinese in catalogue().items() if english.startswith(opening)]
 
 
-def _template(sentence: str) -> str:
-    """A regular expression for `sentence` with anything in its places, on lines of its own."""
+def _template(sentence: str) -> _Telling:
+    """`sentence` with anything in its places, on lines of its own."""
     parts = re.split(r"{\w+[^}]*}", sentence)
-    return "(?ms)^" + ".+?".join(re.escape(part) for part in parts) + ("" if sentence.endswith(":") else r"\s*$")
+    pattern = "(?ms)^" + ".+?".join(map(re.escape, parts)) + ("" if sentence.endswith(":") else r"\s*$")
+    return _Telling(re.compile(pattern), tuple(parts))

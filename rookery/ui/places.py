@@ -44,9 +44,11 @@ class Places:
             OutsideError: it lies in none of the folders.
         """
         text = str(path)
-        if "\0" in text:
-            raise OutsideError(_("{path} is not a path", path=repr(text)))
-        full = Path(os.path.realpath(self.first / Path(text).expanduser()))
+        try:
+            full = Path(os.path.realpath(self.first / Path(text).expanduser()))
+            full.exists()
+        except (ValueError, RuntimeError, OSError) as error:  # a zero byte, no home directory, a name that is too long
+            raise OutsideError(_("{path} is not a path", path=repr(text[:200]))) from error
         if not any(full == folder or folder in full.parents for folder in self.folders):
             raise OutsideError(
                 _("{path} lies outside the folders of the console; add its folder under Settings first", path=path)

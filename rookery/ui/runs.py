@@ -18,6 +18,7 @@ from typing import Any
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.ui import failures, processes
+from rookery.ui.form import quoted
 from rookery.ui.metrics import Metrics, finite
 from rookery.ui.places import Places, natural
 
@@ -144,6 +145,7 @@ class Run:
             "config": {leaf: config.get(leaf) for leaf in SHOWN},
             "spark": self.metrics.sparkline(),
             "weights": self.has_weights(),
+            "chat": quoted(["rookery", "chat", str(self.path)]),
             "resumable": phase in ("stopped", "killed", "failed") and bool(config),
         }
         self._stamp = stamp

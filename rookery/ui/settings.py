@@ -50,8 +50,8 @@ class Settings:
         sound = isinstance(folders, list) and all(isinstance(folder, str) for folder in folders)
         language, theme = values.get("language", self.language), values.get("theme", self.theme)
         return Settings(
-            language=language if language in LANGUAGES else self.language,
-            theme=theme if theme in THEMES else self.theme,
+            language=str(language) if str(language) in LANGUAGES else self.language,
+            theme=str(theme) if str(theme) in THEMES else self.theme,
             folders=list(dict.fromkeys(folders)) if sound else self.folders,
         )
 

@@ -16,6 +16,7 @@ from console import running_console
 from rookery.cli.ui import listen
 from rookery.errors import UserError
 from rookery.i18n import catalogue
+from rookery.ui import failures
 
 
 def test_a_page_of_another_site_can_change_nothing(console) -> None:
@@ -230,6 +231,22 @@ def test_settings_are_kept_and_nonsense_is_not(console, folder) -> None:
     stored = json.loads((folder.parent / "work-settings.json").read_text(encoding="utf-8"))
     assert stored == {"language": "zh", "theme": "auto", "folders": [str(more)]}
     assert console.ask("api/settings", {"language": "en", "folders": []})[0] == 200
+
+
+@pytest.mark.parametrize("value", [None, 5, float("inf"), [5], {"a": 1}, "\0", "x" * 5000, "~nobody/at/home"])
+def test_nonsense_is_refused_and_breaks_nothing(console, value: object) -> None:
+    for path, name in (("settings", "folders"), ("runs/stop", "run"), ("train/check", "data_file"), ("files", "path")):
+        status, _answer = console.ask(f"api/{path}", {name: value})
+        assert 400 <= status < 500, path
+    assert console.ask("api/settings", {"language": value, "theme": value})[1]["theme"] == "auto"
+
+
+def test_a_long_log_is_understood_at_once() -> None:
+    """Beginnings of what Rookery says, on a thousand lines."""
+    log = "step 1/5  loss 3.2: rank 0 holds {\n" * 1000
+    begun = time.process_time()
+    assert failures.find(log).code == "RK900"
+    assert time.process_time() - begun < 1
 
 
 def test_the_console_never_loads_torch(folder) -> None:

@@ -50,7 +50,7 @@ export function Chart({ title, value, x, series, zoom, onZoom, height = 150, log
     const options = {
       width: box.current.clientWidth || 300,
       height,
-      padding: [8, 8, 0, 0],
+      padding: [8, 18, 0, 0],
       scales: {
         x: { time: false, range: (_u, low, high) => latest.current.zoom || [low ?? 0, Math.max(high ?? 1, (low ?? 0) + 1)] },
         y: {

@@ -47,8 +47,7 @@ export async function api(path, body, options = {}) {
   }
   if (!response.ok) {
     const told = await response.json().catch(() => ({}));
-    const detail = Array.isArray(told.detail) ? told.detail.map((d) => d.msg).join("; ") : told.detail;
-    throw new ApiError(told.error?.message || told.error || detail || response.statusText, told.failure, response.status);
+    throw new ApiError(told.error?.message || told.error || told.detail || response.statusText, told.failure, response.status);
   }
   if (options.raw) return response;
   const type = response.headers.get("content-type") || "";

@@ -27,7 +27,8 @@ export const modelName = (file) => `${file.folder === "." ? "" : `${file.folder}
 /** Whether `file` was trained on `model`, as its run or the file itself says. */
 function isBase(model, file) {
   const name = runs.value?.[file.run]?.config.load_model || file.base?.file || "";
-  return Boolean(name) && model.file.endsWith(name.replace(/^\.\//, ""));
+  const plain = (path) => path.replaceAll("\\", "/").replace(/^\.\//, "");
+  return Boolean(name) && `/${plain(model.file)}`.endsWith(`/${plain(name)}`.replace("//", "/"));
 }
 
 /** Models that a state or an adapter can be put on, by their dimensions; the one it was trained on first. */

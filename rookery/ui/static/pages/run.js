@@ -226,7 +226,7 @@ function Facts({ run }) {
       <header class="card-head"><h2>${t("About this run")}</h2></header>
       <dl class="facts">${rows.map(([name, value]) => html`<dt>${name}</dt><dd>${value}</dd>`)}</dl>
       ${!ACTIVE.includes(run.phase) && run.exit_reason && !run.failure && html`<p class="help">${run.exit_reason}</p>`}
-      <${Code} text=${`rookery chat ${run.path}`} label=${t("Command")} />
+      ${run.weights && html`<${Code} text=${run.chat} label=${t("Command")} />`}
     </section>`;
 }
 
