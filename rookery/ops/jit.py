@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba.extending
@@ -30,7 +32,32 @@ class NoAlias(Compiler):
         return super().define_pipelines()
 
 
-inner = njit(fastmath=FAST, cache=True, pipeline_class=NoAlias, forceinline=True)
+def _digest() -> str:
+    """Of all sources that compiled code is made of."""
+    folder = Path(__file__).parent
+    names = [folder / name for name in ("jit.py", "simd.py", "wkv7_native.py")] + sorted(folder.glob("*_numba.py"))
+    return hashlib.sha256(b"".join(name.read_bytes() for name in names)).hexdigest()
+
+
+SOURCES = _digest()
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Numba's decorator `njit`, with a cache.
+
+    Numba takes a function from its cache until the file of that function changes, though it holds the code of those of
+    other files which it calls. Here any change of a source makes all that is in the caches stale.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = njit(cache=True, **options)(function)
+        dispatcher._cache._cache_file._source_stamp = SOURCES
+        return dispatcher
+
+    return decorate
+
+
+inner = _compiled(fastmath=FAST, error_model="numpy", pipeline_class=NoAlias, forceinline=True)
 """Decorator of an inner loop, whose array arguments must not overlap.
 
 It must be inlined: a process that has just compiled a loop would otherwise call that one, and a process that loads its
@@ -38,14 +65,14 @@ caller from the cache another copy, optimised with the caller, whose sums round 
 and goes on would then not end with the same bits.
 """
 
-function = njit(fastmath=FAST, cache=True, nogil=True)
+function = _compiled(fastmath=FAST, nogil=True)
 """Decorator of a function that compiled code calls, for one that would take long to compile at every place. It must not
 depend on how the compiler orders sums (see `inner`)."""
 
 intrinsic: Any = numba.extending.intrinsic
 """Numba's decorator of functions that give LLVM code; what it makes is called without the first argument."""
 
-outer = njit(fastmath=FAST, cache=True, nogil=True)
+outer = _compiled(fastmath=FAST, nogil=True)
 """Decorator of a function `f(first, last, ...)` that does the pieces of work first..last-1 for `share_out`."""
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from rookery.ops import native
 from rookery.ops.backend import Call, tracked
-from rookery.ops.native import bounds_of, chunks_of, transposed, work_of
+from rookery.ops.native import array_of, bounds_of, chunks_of, transposed, work_of
 from rookery.ops.packed import Packing
-from rookery.ops.wkv7_native import LOG_DECAY_SCALE
 
 
 def refuses(call: Call) -> str | None:
@@ -25,11 +24,10 @@ def mix7_native(
     k_k: Tensor, k_a: Tensor, r_k: Tensor, ln_weight: Tensor, ln_bias: Tensor, state: Tensor | None, *,
     eps: float, kernel: str, packing: Packing | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Shapes as in `rookery.ops.mix7`, all fp32; `kernel` is "auto" or "native"."""
+    """Shapes as in `rookery.ops.mix7`, all fp32 or all bf16 but the state; `kernel` is "auto" or "native"."""
     bounds = bounds_of(r, packing)
-    if state is None:
-        H, N = r_k.shape
-        state = r.new_zeros(len(bounds) - 1, H, N, N)
+    H, N = r_k.shape
+    state = r.new_zeros(len(bounds) - 1, H, N, N, dtype=torch.float32) if state is None else state.float()
     return _Mix7.apply(bounds, eps, *tracked(r, w, k, v, a, g, k_k, k_a, r_k, ln_weight, ln_bias, state))
 
 
@@ -45,20 +43,17 @@ class _Mix7(torch.autograd.Function):
 
         H, N = r_k.shape
         keep = any(ctx.needs_input_grad)
-        w = w.reshape(-1, H, N)
-        sigmoid = torch.sigmoid(w)
-        decay = torch.exp(LOG_DECAY_SCALE * sigmoid)
-        inputs = [x.reshape(-1, H, N).contiguous() for x in (r, decay, k, v, a, g)]
-        parameters = torch.stack([x.reshape(H, N) for x in (k_k, k_a, r_k, ln_weight, ln_bias)], dim=1)
-        y, u, out = (torch.empty_like(inputs[0]) for _ in range(3))
+        inputs = [x.reshape(-1, H, N).contiguous() for x in (r, w, k, v, a, g)]
+        parameters = torch.stack([x.reshape(H, N).float() for x in (k_k, k_a, r_k, ln_weight, ln_bias)], dim=1)
         S = transposed(state)
         chunks = chunks_of(bounds, mix7_numba.CHUNK)
-        starts = r.new_empty(int(chunks[-1]) if keep else 0, H, N, N)
-        arrays = (x.detach().numpy() for x in (*inputs, parameters, S, y, u, starts, out))
+        y, u = (state.new_empty(len(inputs[0]) if keep else 0, H, N) for _ in range(2))
+        starts = state.new_empty(int(chunks[-1]) if keep else 0, H, N, N)
+        out = torch.empty_like(inputs[0])
+        arrays = (array_of(x) for x in (*inputs, parameters, S, y, u, starts, out))
         share_out(mix7_numba.forward, work_of(bounds, H), static(N), bounds, chunks, *arrays, eps)
         if keep:
-            slope = torch.sigmoid(-w).mul_(sigmoid)
-            ctx.save_for_backward(*inputs, slope, parameters, y, u, starts)
+            ctx.save_for_backward(*inputs, parameters, y, u, starts)
             ctx.bounds, ctx.chunks, ctx.eps = bounds, chunks, eps
             ctx.shapes = [x.shape for x in (k_k, k_a, r_k, ln_weight, ln_bias)]
         return out.view(r.shape), S.mT.contiguous()
@@ -68,30 +63,19 @@ class _Mix7(torch.autograd.Function):
         from rookery.ops import mix7_numba
         from rookery.ops.jit import share_out, static
 
-        *inputs, slope, parameters, y, u, starts = ctx.saved_tensors
+        *inputs, parameters, y, u, starts = ctx.saved_tensors
         _, H, N = y.shape
-        G = transposed(dfinal)
-        grads = [torch.empty_like(y) for _ in inputs]
+        G = dfinal.clone(memory_format=torch.contiguous_format)
+        grads = [torch.empty_like(x) for x in inputs]
         dparameters = y.new_zeros(len(G), *parameters.shape)
-        tensors = (
-            *inputs,
-            slope,
-            parameters,
-            y,
-            u,
-            starts,
-            dout.reshape(y.shape).contiguous(),
-            G,
-            *grads,
-            dparameters,
-        )
-        arrays = (x.numpy() for x in tensors)
+        dflat = dout.reshape(y.shape).contiguous()
+        arrays = (array_of(x) for x in (*inputs, parameters, y, u, starts, dflat, G, *grads, dparameters))
         share_out(mix7_numba.backward, work_of(ctx.bounds, H), static(N), ctx.bounds, ctx.chunks, *arrays, ctx.eps)
-        dparameters = dparameters.sum(dim=0).unbind(dim=1)
+        dparameters = dparameters.sum(dim=0).to(dout.dtype).unbind(dim=1)
         return (
             None,
             None,
             *(grad.view(dout.shape) for grad in grads),
             *(grad.reshape(shape) for grad, shape in zip(dparameters, ctx.shapes, strict=True)),
-            G.mT,
+            G,
         )

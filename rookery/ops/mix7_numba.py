@@ -1,7 +1,7 @@
 """Loops of `mix7`, compiled by Numba: the recurrence of `wkv7_numba` with the steps of its head around it.
 
-Arrays are C-contiguous fp32 and (T, H, N), but `parameters` (H, 5, N) and the states (B, H, N, N), [key, value].
-Sequences, chunks and pieces of work are those of `wkv7_numba`.
+Arrays of tokens are C-contiguous (T, H, N) in fp32 or bf16; all others are fp32: `parameters` (H, 5, N), y and u of the
+recurrence (T, H, N), and the states (B, H, N, N). Sequences, chunks and pieces of work are those of `wkv7_numba`.
 """
 
 from __future__ import annotations
@@ -9,189 +9,248 @@ from __future__ import annotations
 import numpy as np
 
 from rookery.ops.jit import inner, outer
-from rookery.ops.wkv7_native import LOG_DECAY_SCALE
-from rookery.ops.wkv7_numba import CHUNK, replay, step, step_back, weighted_rows
+from rookery.ops.rows_numba import call_for, copy, every, lanes, read, room, write
+from rookery.ops.simd import fma, total
+from rookery.ops.wkv7_numba import (
+    CHUNK,
+    PRODUCTS,
+    ROWS,
+    SLOPE,
+    SUMS,
+    A,
+    B,
+    D,
+    K,
+    R,
+    U,
+    V,
+    Y,
+    complete,
+    decay,
+    keep,
+    prepare_back,
+    rows_back,
+    step,
+    weighted_rows,
+)
 
-SCALE = np.float32(LOG_DECAY_SCALE)
-ONE = np.float32(1)  # an integer 1 would turn the arithmetic into double precision
+ZERO, ONE = np.float32(0), np.float32(1)  # an integer would turn the arithmetic into double precision
+SMALLEST = np.float32(1e-12)
+
 K_K, K_A, R_K, LN_WEIGHT, LN_BIAS = range(5)
+"""Rows of the parameters of a head."""
+
+MORE_R, MORE_K, MORE_V = range(3)
+"""Rows of what the steps behind the recurrence add to the gradients of a token."""
+MORE = 3
 
 
 @inner
-def prepare(k, a, p, removal, key, b, size):
-    """removal = -kappa, key = the modified key, b = kappa * a. Returns 1 / |k * k_k|."""
-    N = len(size)
-    squares = np.float32(0)
-    for j in range(N):
-        x = k[j] * p[K_K, j]
-        squares += x * x
-    inverse = ONE / max(np.sqrt(squares), np.float32(1e-12))
-    for j in range(N):
-        kappa = k[j] * p[K_K, j] * inverse
-        removal[j] = -kappa
-        b[j] = kappa * a[j]
-        key[j] = k[j] * (ONE + (a[j] - ONE) * p[K_A, j])
+def removal(size, k, a, p, x, at):
+    """Rows A, B and K of a token: -kappa, kappa * a and the modified key. Returns 1 / |k * k_k|."""
+    n, N = lanes(size), len(size)
+    squares = every(n, ZERO)
+    for j in range(0, N, len(n)):
+        scaled = read(n, k, j) * read(n, p, K_K * N + j)
+        squares = fma(scaled, scaled, squares)
+    inverse = ONE / max(np.sqrt(total(squares)), SMALLEST)
+    one, scale, zero = every(n, ONE), every(n, inverse), every(n, ZERO)
+    for j in range(0, N, len(n)):
+        key, rate = read(n, k, j), read(n, a, j)
+        kappa = key * read(n, p, K_K * N + j) * scale
+        write(n, x, at + A * N + j, zero - kappa)
+        write(n, x, at + B * N + j, kappa * rate)
+        write(n, x, at + K * N + j, key * fma(rate - one, read(n, p, K_A * N + j), one))
     return inverse
 
 
 @inner
-def prepare_back(k, a, p, inverse, dremoval, dkey, db, dk, da, dp, size):
+def removal_back(size, k, a, p, inverse, dx, at, more, dk, da, dp):
     """Gradients of k and a, and what this token adds to those of the parameters."""
-    N = len(size)
-    along = np.float32(0)
-    for j in range(N):
-        along += k[j] * p[K_K, j] * inverse * (db[j] * a[j] - dremoval[j])
-    for j in range(N):
-        kappa = k[j] * p[K_K, j] * inverse
-        dunit = (db[j] * a[j] - dremoval[j] - kappa * along) * inverse
-        da[j] = db[j] * kappa + dkey[j] * k[j] * p[K_A, j]
-        dk[j] = dkey[j] * (ONE + (a[j] - ONE) * p[K_A, j]) + dunit * p[K_K, j]
-        dp[K_K, j] += dunit * k[j]
-        dp[K_A, j] += dkey[j] * k[j] * (a[j] - ONE)
+    n, N = lanes(size), len(size)
+    one, scale = every(n, ONE), every(n, inverse)
+    sum = every(n, ZERO)
+    for j in range(0, N, len(n)):
+        kappa = read(n, k, j) * read(n, p, K_K * N + j) * scale
+        sum = fma(kappa, read(n, dx, at + B * N + j) * read(n, a, j) - read(n, dx, at + A * N + j), sum)
+    along = every(n, total(sum))
+    for j in range(0, N, len(n)):
+        key, rate, k_k, k_a = read(n, k, j), read(n, a, j), read(n, p, K_K * N + j), read(n, p, K_A * N + j)
+        db, dkey = read(n, dx, at + B * N + j), read(n, dx, at + K * N + j) + read(n, more, MORE_K * N + j)
+        kappa = key * k_k * scale
+        dscaled = (db * rate - read(n, dx, at + A * N + j) - kappa * along) * scale
+        write(n, da, j, fma(db, kappa, dkey * key * k_a))
+        write(n, dk, j, fma(dkey, fma(rate - one, k_a, one), dscaled * k_k))
+        write(n, dp, K_K * N + j, fma(dscaled, key, read(n, dp, K_K * N + j)))
+        write(n, dp, K_A * N + j, fma(dkey * key, rate - one, read(n, dp, K_A * N + j)))
 
 
 @inner
-def finish(y, r, key, v, g, p, eps, out, size):
+def moments(size, y, o, eps):
+    """Mean, and 1 / standard deviation, of a row of `y` from o on."""
+    n, N = lanes(size), len(size)
+    sum = squares = every(n, ZERO)
+    for j in range(0, N, len(n)):
+        sum = sum + read(n, y, o + j)
+    mean = total(sum) / np.float32(N)
+    for j in range(0, N, len(n)):
+        centred = read(n, y, o + j) - every(n, mean)
+        squares = fma(centred, centred, squares)
+    return mean, ONE / np.sqrt(total(squares) / np.float32(N) + eps)
+
+
+@inner
+def finish(size, x, at, g, p, eps, out):
     """out = (group_norm(y) + bonus) * g."""
-    N = len(size)
-    total = squares = bonus = np.float32(0)
-    for j in range(N):
-        total += y[j]
-        bonus += r[j] * key[j] * p[R_K, j]
-    mean = total / np.float32(N)
-    for j in range(N):
-        squares += (y[j] - mean) * (y[j] - mean)
-    scale = ONE / np.sqrt(squares / np.float32(N) + eps)
-    for j in range(N):
-        out[j] = ((y[j] - mean) * scale * p[LN_WEIGHT, j] + p[LN_BIAS, j] + bonus * v[j]) * g[j]
+    n, N = lanes(size), len(size)
+    mean, deviation = moments(size, x, at + Y * N, eps)
+    sum = every(n, ZERO)
+    for j in range(0, N, len(n)):
+        sum = fma(read(n, x, at + R * N + j) * read(n, x, at + K * N + j), read(n, p, R_K * N + j), sum)
+    bonus, middle, scale = every(n, total(sum)), every(n, mean), every(n, deviation)
+    for j in range(0, N, len(n)):
+        normal = (read(n, x, at + Y * N + j) - middle) * scale
+        value = fma(normal, read(n, p, LN_WEIGHT * N + j), read(n, p, LN_BIAS * N + j))
+        write(n, out, j, fma(bonus, read(n, x, at + V * N + j), value) * read(n, g, j))
 
 
 @inner
-def finish_back(dout, y, r, key, v, g, p, eps, dy, dr, dkey, dv, dg, dp, size):
-    N = len(size)
-    total = squares = bonus = dbonus = np.float32(0)
-    for j in range(N):
-        total += y[j]
-        bonus += r[j] * key[j] * p[R_K, j]
-        dbonus += dout[j] * g[j] * v[j]
-    mean = total / np.float32(N)
-    for j in range(N):
-        squares += (y[j] - mean) * (y[j] - mean)
-    scale = ONE / np.sqrt(squares / np.float32(N) + eps)
-    sum_h = sum_hy = np.float32(0)
-    for j in range(N):
-        h = dout[j] * g[j] * p[LN_WEIGHT, j]
-        sum_h += h
-        sum_hy += h * (y[j] - mean) * scale
-    sum_h /= np.float32(N)
-    sum_hy /= np.float32(N)
-    for j in range(N):
-        normal = (y[j] - mean) * scale
-        dz = dout[j] * g[j]
-        dy[j] = scale * (dz * p[LN_WEIGHT, j] - sum_h - normal * sum_hy)
-        dg[j] = dout[j] * (normal * p[LN_WEIGHT, j] + p[LN_BIAS, j] + bonus * v[j])
-        dv[j] = dz * bonus
-        dr[j] = dbonus * key[j] * p[R_K, j]
-        dkey[j] = dbonus * r[j] * p[R_K, j]
-        dp[R_K, j] += dbonus * r[j] * key[j]
-        dp[LN_WEIGHT, j] += dz * normal
-        dp[LN_BIAS, j] += dz
+def finish_back(size, dout, y, x, at, g, p, eps, more, dg, dp):
+    """Row Y of a token, now the gradient of y; `more`; the gradient of g; and what it adds to those of the
+    parameters."""
+    n, N = lanes(size), len(size)
+    mean, deviation = moments(size, y, 0, eps)
+    middle, scale, part = every(n, mean), every(n, deviation), every(n, ONE / np.float32(N))
+    bonuses = dbonuses = sum = sum_y = every(n, ZERO)
+    for j in range(0, N, len(n)):
+        dz = read(n, dout, j) * read(n, g, j)
+        normal = (read(n, y, j) - middle) * scale
+        bonuses = fma(read(n, x, at + R * N + j) * read(n, x, at + K * N + j), read(n, p, R_K * N + j), bonuses)
+        dbonuses = fma(dz, read(n, x, at + V * N + j), dbonuses)
+        dnormal = dz * read(n, p, LN_WEIGHT * N + j)
+        sum, sum_y = sum + dnormal, fma(dnormal, normal, sum_y)
+    bonus, dbonus = every(n, total(bonuses)), every(n, total(dbonuses))
+    mean_d, mean_dy = every(n, total(sum)) * part, every(n, total(sum_y)) * part
+    for j in range(0, N, len(n)):
+        r, key, v = read(n, x, at + R * N + j), read(n, x, at + K * N + j), read(n, x, at + V * N + j)
+        weight, r_k, of_dout = read(n, p, LN_WEIGHT * N + j), read(n, p, R_K * N + j), read(n, dout, j)
+        normal = (read(n, y, j) - middle) * scale
+        dz = of_dout * read(n, g, j)
+        write(n, x, at + Y * N + j, scale * (dz * weight - mean_d - normal * mean_dy))
+        write(n, dg, j, of_dout * fma(normal, weight, fma(bonus, v, read(n, p, LN_BIAS * N + j))))
+        write(n, more, MORE_V * N + j, dz * bonus)
+        write(n, more, MORE_R * N + j, dbonus * key * r_k)
+        write(n, more, MORE_K * N + j, dbonus * r * r_k)
+        write(n, dp, R_K * N + j, fma(dbonus * r, key, read(n, dp, R_K * N + j)))
+        write(n, dp, LN_WEIGHT * N + j, fma(dz, normal, read(n, dp, LN_WEIGHT * N + j)))
+        write(n, dp, LN_BIAS * N + j, read(n, dp, LN_BIAS * N + j) + dz)
 
 
 @inner
-def gather(slope, decay, ddecay, dr_state, dkey_state, dv_state, dw, dr, dkey, dv, size):
-    """Add what came through the state, and carry the decay's gradient to its pre-activation;
-    slope is the derivative of the sigmoid there."""
-    N = len(size)
-    for j in range(N):
-        dw[j] = ddecay[j] * decay[j] * slope[j] * SCALE
-        dr[j] += dr_state[j]
-        dkey[j] += dkey_state[j]
-        dv[j] += dv_state[j]
+def add(size, x, i, y, j, out):
+    """out = a row of `x` from i on + one of `y` from j on."""
+    n = lanes(size)
+    for o in range(0, len(size), len(n)):
+        write(n, out, o, read(n, x, i + o) + read(n, y, j + o))
 
 
 @outer
-def forward(first, last, size, bounds, chunks, r, d, k, v, a, g, parameters, S, y, u, starts, out, eps64):
-    H, N = r.shape[1], len(size)
+def forward(first, last, size, bounds, chunks, r, w, k, v, a, g, parameters, S, y, u, starts, out, eps64):
+    """As in `wkv7_numba`; `starts` may have no chunks, and y and u no tokens."""
+    (T, H, _), N = r.shape, len(size)
     eps = np.float32(eps64)
-    local = np.empty((3, N), np.float32)
-    removal, key, b = local[0], local[1], local[2]
+    x, slopes = room(S, (CHUNK + 1) * ROWS * N), room(S, N)
+    x[:] = 0
     for piece in range(first, last):
         i, h = piece // H, piece % H
-        p = parameters[h]
-        for t in range(bounds[i], bounds[i + 1]):
-            n = t - bounds[i]
-            if starts.shape[0] and n % CHUNK == 0:
-                starts[chunks[i] + n // CHUNK, h] = S[i, h]
-            prepare(k[t, h], a[t, h], p, removal, key, b, size)
-            weighted_rows(S[i, h], removal, u[t, h], size)
-            step(S[i, h], r[t, h], d[t, h], key, v[t, h], b, u[t, h], y[t, h], size)
-            finish(y[t, h], r[t, h], key, v[t, h], g[t, h], p, eps, out[t, h], size)
+        p, state = parameters[h].reshape(5 * N), S[i, h].reshape(N * N)
+        for c in range(chunks[i], chunks[i + 1]):
+            begin = bounds[i] + (c - chunks[i]) * CHUNK
+            count = min(CHUNK, bounds[i + 1] - begin)
+            if len(starts):
+                keep(size, state, starts[c, h].reshape(N * N))
+            for n in range(count):
+                t, at = begin + n, ROWS * N * n
+                decay(size, w[t, h], x, at + D * N, slopes, 0)
+                removal(size, k[t, h], a[t, h], p, x, at)
+                copy(size, r[t, h], 0, x, at + R * N)
+                copy(size, v[t, h], 0, x, at + V * N)
+            weighted_rows(size, state, x, 0)
+            for n in range(count):
+                t, at = begin + n, ROWS * N * n
+                later = min(t + CHUNK, T - 1)
+                call_for(size, r[later, h])
+                call_for(size, w[later, h])
+                call_for(size, k[later, h])
+                call_for(size, v[later, h])
+                call_for(size, a[later, h])
+                call_for(size, g[t, h])
+                call_for(size, out[t, h])
+                if len(y):
+                    call_for(size, y[t, h])
+                    call_for(size, u[t, h])
+                step(size, state, x, at)
+            for n in range(count):
+                t, at = begin + n, ROWS * N * n
+                finish(size, x, at, g[t, h], p, eps, out[t, h])
+                if len(y):
+                    copy(size, x, at + U * N, u[t, h], 0)
+                    copy(size, x, at + Y * N, y[t, h], 0)
 
 
 @outer
 def backward(
-    first,
-    last,
-    size,
-    bounds,
-    chunks,
-    r,
-    d,
-    k,
-    v,
-    a,
-    g,
-    slope,
-    parameters,
-    y,
-    u,
-    starts,
-    dout,
-    G,
-    dr,
-    dw,
-    dk,
-    dv,
-    da,
-    dg,
-    dparameters,
-    eps64,
-):
+    first, last, size, bounds, chunks,
+    r, w, k, v, a, g, parameters, y, u, starts, dout, G, dr, dw, dk, dv, da, dg, dparameters, eps64,
+):  # fmt: skip
+    """As in `wkv7_numba`; `dparameters` (B, H, 5, N) are added to."""
     H, N = r.shape[1], len(size)
     eps = np.float32(eps64)
-    states = np.empty((CHUNK + 1, N, N), np.float32)
-    prepared = np.empty((CHUNK, 3, N), np.float32)
-    inverses = np.empty(CHUNK, np.float32)
-    local = np.empty((9, N), np.float32)
-    dy, du, dkey, dr_state, dd = local[0], local[1], local[2], local[3], local[4]
-    dkey_state, dv_state, dremoval, db = local[5], local[6], local[7], local[8]
+    x, dx, states = room(G, CHUNK * ROWS * N), room(G, CHUNK * ROWS * N), room(G, CHUNK * 4 * N)
+    z, sums, inverses = room(G, CHUNK * PRODUCTS * N), room(G, CHUNK * SUMS), room(G, CHUNK)
+    more = room(G, CHUNK * MORE * N).reshape((CHUNK, MORE * N))
     for piece in range(first, last):
         i, h = piece // H, piece % H
-        p, dp = parameters[h], dparameters[i, h]
+        p, dp, gradient = parameters[h].reshape(5 * N), dparameters[i, h].reshape(5 * N), G[i, h].reshape(N * N)
         for c in range(chunks[i + 1] - 1, chunks[i] - 1, -1):
             begin = bounds[i] + (c - chunks[i]) * CHUNK
-            end = min(begin + CHUNK, bounds[i + 1])
-            states[0] = starts[c, h]
-            for t in range(begin, end):
-                n = t - begin
-                removal, key, b = prepared[n, 0], prepared[n, 1], prepared[n, 2]
-                inverses[n] = prepare(k[t, h], a[t, h], p, removal, key, b, size)
-                replay(states[n], d[t, h], key, v[t, h], b, u[t, h], states[n + 1], size)
-            for t in range(end - 1, begin - 1, -1):
-                n = t - begin
-                removal, key, b = prepared[n, 0], prepared[n, 1], prepared[n, 2]
-                finish_back(
-                    dout[t, h], y[t, h], r[t, h], key, v[t, h], g[t, h], p, eps,
-                    dy, dr[t, h], dkey, dv[t, h], dg[t, h], dp, size,
-                )  # fmt: skip
-                step_back(
-                    states[n], states[n + 1], G[i, h],
-                    r[t, h], d[t, h], key, v[t, h], removal, b, u[t, h], dy,
-                    du, dr_state, dd, dkey_state, dv_state, dremoval, db, size,
-                )  # fmt: skip
-                gather(
-                    slope[t, h], d[t, h], dd, dr_state, dkey_state, dv_state,
-                    dw[t, h], dr[t, h], dkey, dv[t, h], size,
-                )  # fmt: skip
-                prepare_back(k[t, h], a[t, h], p, inverses[n], dremoval, dkey, db, dk[t, h], da[t, h], dp, size)
+            count = min(CHUNK, bounds[i + 1] - begin)
+            for n in range(count):
+                t, at = begin + n, ROWS * N * n
+                decay(size, w[t, h], x, at + D * N, z, PRODUCTS * N * n + SLOPE * N)
+                inverses[n] = removal(size, k[t, h], a[t, h], p, x, at)
+                copy(size, r[t, h], 0, x, at + R * N)
+                copy(size, v[t, h], 0, x, at + V * N)
+                copy(size, u[t, h], 0, x, at + U * N)
+                finish_back(size, dout[t, h], y[t, h], x, at, g[t, h], p, eps, more[n], dg[t, h], dp)
+                prepare_back(size, x, z, sums, n)
+            dx[:] = 0
+            start = starts[c, h].reshape(N * N)
+            for j in range(0, N, 4):
+                for t in range(begin + CHUNK * j // N, min(begin + CHUNK * (j + 4) // N, bounds[i + 1])):
+                    earlier = max(t - CHUNK, 0)
+                    call_for(size, r[earlier, h])
+                    call_for(size, w[earlier, h])
+                    call_for(size, k[earlier, h])
+                    call_for(size, v[earlier, h])
+                    call_for(size, a[earlier, h])
+                    call_for(size, g[earlier, h])
+                    call_for(size, y[earlier, h])
+                    call_for(size, u[earlier, h])
+                    call_for(size, dout[earlier, h])
+                    call_for(size, dg[earlier, h])
+                    call_for(size, dr[t, h])
+                    call_for(size, dw[t, h])
+                    call_for(size, dk[t, h])
+                    call_for(size, dv[t, h])
+                    call_for(size, da[t, h])
+                for row in range(j, j + 4):
+                    call_for(size, starts[max(c - 1, 0), h, row])
+                rows_back(size, start, gradient, x, z, sums, states, dx, count, j)
+            for n in range(count):
+                t, at = begin + n, ROWS * N * n
+                complete(size, x, z, dx, n)
+                add(size, dx, at + R * N, more[n], MORE_R * N, dr[t, h])
+                add(size, dx, at + V * N, more[n], MORE_V * N, dv[t, h])
+                copy(size, dx, at + D * N, dw[t, h], 0)
+                removal_back(size, k[t, h], a[t, h], p, inverses[n], dx, at, more[n], dk[t, h], da[t, h], dp)

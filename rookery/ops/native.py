@@ -30,10 +30,10 @@ def refuses_machine(call: Call) -> str | None:
 
 
 def refuses_precision(call: Call) -> str | None:
-    """Why loops over fp32 that do what PyTorch's operations would do cannot serve `call`, or None."""
-    others = sorted(str(dtype).removeprefix("torch.") for dtype in call.dtypes - {torch.float32})
-    if others:
-        return f"its loops compute in float32, not in {', '.join(others)}"
+    """Why loops that do what PyTorch's operations would do cannot serve `call`, or None."""
+    if call.dtypes not in ({torch.float32}, {torch.bfloat16}):
+        found = sorted(str(dtype).removeprefix("torch.") for dtype in call.dtypes)
+        return f"its loops take float32 or bfloat16, not {' and '.join(found)}"
     if call.autocast:
         return "autocast is on, under which PyTorch's operations choose their precision"
     return None
@@ -49,6 +49,17 @@ def refuses(call: Call) -> str | None:
     if call.head_size % 4:
         return f"head size {call.head_size} is not a multiple of 4"
     return None
+
+
+def loop_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What compiled loops read where tensors of `dtype` come in: fp16 goes through fp32."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def array_of(x: Tensor) -> np.ndarray:
+    """The numbers of `x` for compiled loops: NumPy has no bf16, whose bits they get as uint16."""
+    x = x.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def bounds_of(x: Tensor, packing: Packing | None) -> np.ndarray:

@@ -98,6 +98,7 @@ GATES7 = Op(
     "gates7",
     [
         Backend("triton", pointwise_triton.refuses, pointwise_triton.gates7),
+        Backend("native", pointwise_native.refuses, pointwise_native.gates7),
         Backend("plain", never_refuses, gates7_plain),
     ],
 )

@@ -1,12 +1,9 @@
-"""Vectors of 16 fp32 numbers in code compiled by Numba.
+"""Vectors in code compiled by Numba: of 16 fp32 numbers where nothing else is said.
 
 Where a sum must be the same bits however many sequences are computed together, its order is written down here instead
 of being left to the compiler. The operations are LLVM's own on vectors, so they compile for every processor, into
-several instructions where its registers are shorter. Memory is addressed by plain integers. Importing this imports
-Numba.
-
-Numba keeps compiled code until the file of the function itself changes: whoever changes this file must remove the
-`__pycache__/*.nb?` of those that use it.
+several instructions where its registers are shorter. Memory is addressed by plain integers; `rows_numba` has the same
+for arrays. Importing this imports Numba.
 """
 
 from __future__ import annotations
@@ -32,23 +29,25 @@ I8 = ir.VectorType(ir.IntType(8), WIDTH)
 
 
 class Vector(types.Type):
-    """The Numba type of a vector."""
+    """The Numba type of a vector: of numbers of a type, fp32 or fp64."""
 
-    def __init__(self) -> None:
-        super().__init__(name="float32x16")
+    def __init__(self, number: types.Float, width: int) -> None:
+        super().__init__(name=f"{number}x{width}")
+        self.number = number
+        self.llvm = ir.VectorType(ir.DoubleType() if number == types.float64 else ir.FloatType(), width)
 
 
-vector = Vector()
+vector = Vector(types.float32, WIDTH)
 
 
 @register_model(Vector)
 class _Model(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, F32)
+        super().__init__(dmm, fe_type, fe_type.llvm)
 
 
-def fill(element: ir.Type, value: float) -> ir.Constant:
-    return ir.Constant(ir.VectorType(element, WIDTH), [value] * WIDTH)
+def fill(element: ir.Type, value: float, width: int = WIDTH) -> ir.Constant:
+    return ir.Constant(ir.VectorType(element, width), [value] * width)
 
 
 def pointer(builder: ir.IRBuilder, address: Any, to: ir.Type) -> Any:
@@ -60,8 +59,24 @@ def read_f32(builder: ir.IRBuilder, address: Any) -> Any:
 
 
 def read_bf16(builder: ir.IRBuilder, address: Any) -> Any:
-    bits = builder.zext(builder.load(pointer(builder, address, I16), align=2), I32)
-    return builder.bitcast(builder.shl(bits, fill(ir.IntType(32), 16)), F32)
+    return from_bf16(builder, builder.load(pointer(builder, address, I16), align=2))
+
+
+def from_bf16(builder: ir.IRBuilder, bits: Any) -> Any:
+    """fp32 numbers of the bits of bf16 ones."""
+    width = bits.type.count
+    bits = builder.zext(bits, ir.VectorType(ir.IntType(32), width))
+    return builder.bitcast(builder.shl(bits, fill(ir.IntType(32), 16, width)), ir.VectorType(ir.FloatType(), width))
+
+
+def to_bf16(builder: ir.IRBuilder, value: Any) -> Any:
+    """Bits of fp32 numbers rounded to bf16: to the nearest, halves to even; NaN stays NaN."""
+    word, width = ir.IntType(32), value.type.count
+    bits = builder.bitcast(value, ir.VectorType(word, width))
+    odd = builder.and_(builder.lshr(bits, fill(word, 16, width)), fill(word, 1, width))
+    nearest = builder.add(bits, builder.add(odd, fill(word, 0x7FFF, width)))
+    nearest = builder.select(builder.fcmp_unordered("uno", value, value), fill(word, 0x7FC00000, width), nearest)
+    return builder.trunc(builder.lshr(nearest, fill(word, 16, width)), ir.VectorType(ir.IntType(16), width))
 
 
 def read_i8(builder: ir.IRBuilder, address: Any) -> Any:
@@ -83,15 +98,17 @@ gets 22 and 19 GB/s from memory that gives 33 to 40 this way (one core of a Zen 
 
 def of_llvm(builder: ir.IRBuilder, name: str, *args: Any) -> Any:
     """Call LLVM's function `name` of vectors."""
-    signature = ir.FunctionType(F32, [F32] * len(args))
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}.v16f32"), args)
+    vector = args[0].type
+    signature = ir.FunctionType(vector, [vector] * len(args))
+    suffix = f"v{vector.count}f{64 if vector.element == ir.DoubleType() else 32}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}.{suffix}"), args)
 
 
 def fma_(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
     return of_llvm(builder, "fmuladd", a, b, c)
 
 
-def call_for(builder: ir.IRBuilder, address: Any) -> None:
+def prefetch(builder: ir.IRBuilder, address: Any) -> None:
     """Have the line at `address` brought into the cache; any address will do."""
     byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
     signature = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
@@ -115,9 +132,10 @@ def splat(typing, value):
     return vector(types.float32), code
 
 
-def splat_(builder: ir.IRBuilder, value: Any) -> Any:
-    one = builder.insert_element(ir.Constant(F32, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(one, ir.Constant(F32, ir.Undefined), fill(ir.IntType(32), 0))
+def splat_(builder: ir.IRBuilder, value: Any, width: int = WIDTH) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, width), ir.Undefined)
+    one = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, undefined, fill(ir.IntType(32), 0, width))
 
 
 @intrinsic
@@ -154,12 +172,7 @@ def store_as(typing, kind, address, value):
         if len(kind) == 0:
             builder.store(value, pointer(builder, address, F32), align=4)
             return context.get_dummy_value()
-        word = ir.IntType(32)
-        bits = builder.bitcast(value, I32)
-        odd = builder.and_(builder.lshr(bits, fill(word, 16)), fill(word, 1))
-        rounded = builder.add(bits, builder.add(odd, fill(word, 0x7FFF)))
-        half = builder.trunc(builder.lshr(rounded, fill(word, 16)), I16)
-        builder.store(half, pointer(builder, address, I16), align=2)
+        builder.store(to_bf16(builder, value), pointer(builder, address, I16), align=2)
         return context.get_dummy_value()
 
     return types.void(kind, types.int64, vector), code
@@ -168,13 +181,13 @@ def store_as(typing, kind, address, value):
 @intrinsic
 def fma(typing, a, b, c):
     """a * b + c."""
-    return vector(vector, vector, vector), lambda context, builder, signature, args: fma_(builder, *args)
+    return a(a, a, a), lambda context, builder, signature, args: fma_(builder, *args)
 
 
 def _binary(name: str) -> Any:
     @intrinsic
     def operation(typing, a, b):
-        return vector(vector, vector), lambda context, builder, signature, args: getattr(builder, name)(*args)
+        return a(a, a), lambda context, builder, signature, args: getattr(builder, name)(*args)
 
     return operation
 
@@ -182,27 +195,31 @@ def _binary(name: str) -> Any:
 _add, _sub, _mul, _div = (_binary(name) for name in ("fadd", "fsub", "fmul", "fdiv"))
 
 
+def _alike(a: Any, b: Any) -> bool:
+    return isinstance(a, Vector) and a == b
+
+
 @overload(operator.add, inline="always")
 def _overload_add(a, b):
-    if a == b == vector:
+    if _alike(a, b):
         return lambda a, b: _add(a, b)
 
 
 @overload(operator.sub, inline="always")
 def _overload_sub(a, b):
-    if a == b == vector:
+    if _alike(a, b):
         return lambda a, b: _sub(a, b)
 
 
 @overload(operator.mul, inline="always")
 def _overload_mul(a, b):
-    if a == b == vector:
+    if _alike(a, b):
         return lambda a, b: _mul(a, b)
 
 
 @overload(operator.truediv, inline="always")
 def _overload_div(a, b):
-    if a == b == vector:
+    if _alike(a, b):
         return lambda a, b: _div(a, b)
 
 
@@ -219,45 +236,56 @@ def positive(typing, value):
 
 @intrinsic
 def exp(typing, value):
-    """e to the power of `value`, to 2 units in the last place; inputs are clamped to +-87."""
+    """e to the power of `value`: in fp32 to 2 units in the last place, and inputs are clamped to +-87."""
+    return value(value), lambda context, builder, signature, args: exp_(builder, args[0])
 
-    def code(context, builder, signature, args):
-        number = ir.FloatType()
-        least, most = fill(number, -87.0), fill(number, 87.0)
-        x = builder.select(builder.fcmp_ordered("<", args[0], least), least, args[0])
-        x = builder.select(builder.fcmp_ordered(">", x, most), most, x)
-        n = of_llvm(builder, "rint", builder.fmul(x, fill(number, 1 / math.log(2))))
-        # ln 2 in two parts, the first of which has so few bits that its multiples are exact.
-        x = fma_(builder, n, fill(number, -0.693359375), x)
-        x = fma_(builder, n, fill(number, 2.12194440e-4), x)
-        y = fill(number, 1 / 5040)
-        for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
-            y = fma_(builder, y, x, fill(number, coefficient))
-        power = builder.shl(builder.fptosi(n, I32), fill(ir.IntType(32), 23))
-        return builder.bitcast(builder.add(builder.bitcast(y, I32), power), F32)
 
-    return vector(vector), code
+def exp_(builder: ir.IRBuilder, x: Any) -> Any:
+    element, width = x.type.element, x.type.count
+    if element == ir.DoubleType():
+        return of_llvm(builder, "exp", x)
+    word = ir.IntType(32)
+    integers = ir.VectorType(word, width)
+
+    def number(value: float) -> Any:
+        return fill(element, value, width)
+
+    least, most = number(-87.0), number(87.0)
+    y = builder.select(builder.fcmp_ordered("<", x, least), least, x)
+    y = builder.select(builder.fcmp_ordered(">", y, most), most, y)
+    n = of_llvm(builder, "rint", builder.fmul(y, number(1 / math.log(2))))
+    # ln 2 in two parts, the first of which has so few bits that its multiples are exact.
+    y = fma_(builder, n, number(-0.693359375), y)
+    y = fma_(builder, n, number(2.12194440e-4), y)
+    power = number(1 / 5040)
+    for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+        power = fma_(builder, power, y, number(coefficient))
+    scale = builder.shl(builder.fptosi(n, integers), fill(word, 23, width))
+    return builder.bitcast(builder.add(builder.bitcast(power, integers), scale), x.type)
 
 
 @intrinsic
 def total(typing, value):
-    """The sum of the 16 numbers, in pairs of halves."""
-    return types.float32(vector), lambda context, builder, signature, args: total_(builder, args[0])
+    """The sum of the numbers, in pairs of halves."""
+    return value.number(value), lambda context, builder, signature, args: total_(builder, args[0])
 
 
 def total_(builder: ir.IRBuilder, value: Any) -> Any:
-    half = WIDTH // 2
-    while half:
-        low, high = (
-            builder.shuffle_vector(
-                value,
-                ir.Constant(value.type, ir.Undefined),
-                ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(start, start + half))),
-            )
-            for start in (0, half)
-        )
-        value, half = builder.fadd(low, high), half // 2
+    while value.type.count > 1:
+        value = builder.fadd(*halves(builder, value))
     return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+
+def halves(builder: ir.IRBuilder, value: Any) -> list[Any]:
+    half = value.type.count // 2
+    return [
+        builder.shuffle_vector(
+            value,
+            ir.Constant(value.type, ir.Undefined),
+            ir.Constant(ir.VectorType(ir.IntType(32), half), list(range(start, start + half))),
+        )
+        for start in (0, half)
+    ]
 
 
 @intrinsic
@@ -306,7 +334,7 @@ def tile(typing, kind, rows, columns, weights, weight_stride, scales, size, inpu
                 beyond = builder.icmp_signed(">=", ahead, builder.mul(size, word(width)))
                 skipped = builder.select(beyond, builder.mul(weight_stride, word(R - 1)), word(0))
                 for address in w:
-                    call_for(builder, builder.add(builder.add(address, ahead), skipped))
+                    prefetch(builder, builder.add(builder.add(address, ahead), skipped))
             for part in range(0, block, WIDTH):
                 advance(builder.add(i, word(part)))
         with cgutils.for_range_slice(builder, whole, size, word(WIDTH), intp=word) as (i, _count):

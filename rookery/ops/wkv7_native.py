@@ -1,9 +1,8 @@
 """The recurrence of RWKV-7 on a CPU, compiled by Numba: no compiler is needed on the user's machine.
 
-The state of a head is kept transposed, [key, value], so that the inner loops run over contiguous values. The forward
-pass keeps u_t = S_{t-1} a_t of every token and the state at the start of every few tokens; the backward pass
-replays a chunk's states from there, which is exact whatever the decay (dividing the decay out, as the published CUDA
-kernels do, is not).
+The forward pass keeps u_t = S_{t-1} a_t of every token and the state at the start of every few tokens; the backward
+pass replays a chunk's states from there, which is exact whatever the decay (dividing the decay out, as the published
+CUDA kernels do, is not). bf16 is read and written as it is; all arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rookery.ops.backend import exact_dtype, tracked
-from rookery.ops.native import bounds_of, chunks_of, transposed, work_of
+from rookery.ops.native import array_of, bounds_of, chunks_of, loop_dtype, transposed, work_of
 from rookery.ops.packed import Packing
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
@@ -28,11 +27,12 @@ def wkv7_native(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Shapes and dtypes as in `rookery.ops.wkv7`."""
     out_dtype, shape = r.dtype, r.shape
-    dtype = exact_dtype(out_dtype)
+    dtype = loop_dtype(out_dtype)
     bounds = bounds_of(r, packing)
     r, w, k, v, a, b = (x.to(dtype).contiguous().flatten(0, 1) for x in (r, w, k, v, a, b))
     _, H, N = r.shape
-    state = r.new_zeros(len(bounds) - 1, H, N, N) if state is None else state.to(dtype)
+    exact = exact_dtype(dtype)
+    state = r.new_zeros(len(bounds) - 1, H, N, N, dtype=exact) if state is None else state.to(exact)
     y, final = _WKV7.apply(bounds, *tracked(r, w, k, v, a, b, state))
     return y.view(shape).to(out_dtype), final
 
@@ -47,19 +47,15 @@ class _WKV7(torch.autograd.Function):
         from rookery.ops.jit import share_out, static
 
         _, H, N = r.shape
-        sigmoid = torch.sigmoid(w)
-        decay = torch.exp(LOG_DECAY_SCALE * sigmoid)
-        y, u = torch.empty_like(r), torch.empty_like(r)
+        y, u = torch.empty_like(r), r.new_empty(r.shape, dtype=state.dtype)
         S = transposed(state)
         keep = any(ctx.needs_input_grad)
         chunks = chunks_of(bounds, wkv7_numba.CHUNK)
-        starts = r.new_empty(int(chunks[-1]) if keep else 0, H, N, N)
-        arrays = (x.detach().numpy() for x in (r, decay, k, v, a, b, S, y, u, starts))
+        starts = state.new_empty(int(chunks[-1]) if keep else 0, H, N, N)
+        arrays = (array_of(x) for x in (r, w, k, v, a, b, S, y, u, starts))
         share_out(wkv7_numba.forward, work_of(bounds, H), static(N), bounds, chunks, *arrays)
         if keep:
-            # sigmoid(w) * (1 - sigmoid(w)) would lose its digits where w is large.
-            slope = torch.sigmoid(-w).mul_(sigmoid)
-            ctx.save_for_backward(r, decay, slope, k, v, a, b, u, starts)
+            ctx.save_for_backward(r, w, k, v, a, b, u, starts)
             ctx.bounds, ctx.chunks = bounds, chunks
         return y, S.mT.contiguous()
 
@@ -68,13 +64,10 @@ class _WKV7(torch.autograd.Function):
         from rookery.ops import wkv7_numba
         from rookery.ops.jit import share_out, static
 
-        r, decay, slope, k, v, a, b, u, starts = ctx.saved_tensors
-        G = transposed(dfinal)
+        r, w, k, v, a, b, u, starts = ctx.saved_tensors
+        G = dfinal.clone(memory_format=torch.contiguous_format)
         grads = [torch.empty_like(r) for _ in range(6)]
         _, H, N = r.shape
-        tensors = (r, decay, k, v, a, b, u, starts, dy.contiguous(), G, *grads)
-        arrays = (x.detach().numpy() for x in tensors)
+        arrays = (array_of(x) for x in (r, w, k, v, a, b, u, starts, dy.contiguous(), G, *grads))
         share_out(wkv7_numba.backward, work_of(ctx.bounds, H), static(N), ctx.bounds, ctx.chunks, *arrays)
-        dr, dd, dk, dv, da, db = grads
-        dw = dd.mul_(decay).mul_(slope).mul_(LOG_DECAY_SCALE)
-        return None, dr, dw, dk, dv, da, db, G.mT
+        return None, *grads, G

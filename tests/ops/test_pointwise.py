@@ -89,8 +89,8 @@ def test_a_back_end_that_cannot_serve_gives_way_to_the_plain_one(caplog: pytest.
     with caplog.at_level(logging.INFO, logger="rookery.ops"):
         for _again in range(2):
             assert op.choose(Call.of(x, before, mix), "native", instead="plain").name == "plain"
-    assert caplog.messages == ["shift uses plain (native: its loops compute in float32, not in float64)"]
-    with pytest.raises(ValueError, match="cannot serve this call: its loops compute in float32, not in float64"):
+    assert caplog.messages == ["shift uses plain (native: its loops take float32 or bfloat16, not float64)"]
+    with pytest.raises(ValueError, match="cannot serve this call: its loops take float32 or bfloat16, not float64"):
         op.choose(Call.of(x, before, mix), "native")
 
 
