@@ -5,10 +5,10 @@
 Recorded for each length, of RWKV-7 with 6 layers and 256 channels in fp32, one thread a process: CPU seconds of a
 forward and backward pass, and of a whole optimiser step with strategy ddp, which exchanges gradients and has an
 optimiser in each process; of all processes together, median of the rounds; the shortest time of a pass by the wall
-clock, which says little where other programs run; the largest allocation of tensors in a
-forward and backward pass of any process; the bytes that go through each border between two parts for each layer, there
-and back. Beside them CPU seconds of the recurrences alone, with the steps that are fused into them: what every layer
-would need once more if ranks exchanged transitions of states in place of states.
+clock, which says little where other programs run; the largest allocation of tensors in a forward and backward pass of
+any process; the bytes that go through each border between two parts for each layer, there and back. Beside them CPU
+seconds of the recurrences alone, with the steps that are fused into them: what every layer would need once more if
+ranks exchanged transitions of states in place of states.
 """
 
 from __future__ import annotations
