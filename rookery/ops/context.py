@@ -5,10 +5,11 @@ shifts, one row each. Each rank gets these from the rank that has the part befor
 are known; gradients take the same way back. What is computed is what one device computes, by the same kernels.
 
 The update of the recurrent state by a part is affine, S_out = S_in M + P, so that ranks could also compute their pairs
-(M, P) at the same time, exchange them and join them. M costs about a second recurrence in every layer, on every rank.
-Handing the state on costs waiting instead: the rank with part i starts i recurrences of one layer late, once in a
-pass, because while it reads layer l, the rank before it is on its way to the state of layer l + 1. That is less
-for as long as there are fewer ranks than layers, and half the bytes, to one neighbour in place of all.
+(M, P) at the same time, exchange them and join them. In RWKV-7 M costs about a second recurrence in every layer, on
+every rank; in RWKV-5 and 6 it is a product of decays. Handing the state on costs waiting instead: the rank with part i
+starts i recurrences of one layer late, once in a pass, because while it reads layer l, the rank before it is on its
+way to the state of layer l + 1. In RWKV-7 that is less for as long as there are no more ranks than layers; and it is
+half the bytes, to one neighbour in place of all, through kernels that know nothing of it.
 """
 
 from __future__ import annotations
