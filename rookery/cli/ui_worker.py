@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def check(words: list[str], gpu_free: int | None) -> dict[str, Any]:
-    """What `rookery train WORDS` would do: every value and where it comes from, what it says about them, and the memory
-    it would take; `gpu_free` are the bytes that nvidia-smi says are free."""
-    from rookery.config import differences, parse
+    """What `rookery train WORDS` would do: every value, what it says about them, and the memory it would take; `gpu_free`
+    are the bytes that nvidia-smi says are free."""
+    from rookery.config import parse
     from rookery.config.memory import Plan
     from rookery.config.tree import SECTION_OF, get
     from rookery.train.prepare import prepare_run
@@ -38,16 +38,11 @@ def check(words: list[str], gpu_free: int | None) -> dict[str, Any]:
     prepared = prepare_run(parsed.config, parsed.origins, files, lambda text: None, open_data=opened)
     resolved, facts = prepared.resolved, prepared.dataset.facts
     config = resolved.config
-    other: list[Any] = []
-    if files.config_file.exists() and any(files.checkpoints.glob("step-*")):
-        other = [(d.leaf, d.before, d.after) for d in differences(parse([], files.config_file).config, config)]
     return {
         "memory": memory(Plan.of(config), gpu_free),
         "data": {"tokens": facts.tokens, "documents": facts.documents, "samples": facts.samples},
         "values": {leaf: get(config, leaf) for leaf in SECTION_OF},
-        "origins": {leaf: str(resolved.origins[leaf]) for leaf in SECTION_OF},
         "notes": [*parsed.notes, *prepared.dataset.notes, *resolved.notes],
-        "differences": other,
     }
 
 

@@ -93,6 +93,11 @@ class Console:
         """What a run with these values of the form would be, or why it cannot start."""
         found = form.read(values, self.places)
         wrong = form.check(found)
+        if found.get("proj_dir"):
+            try:
+                self._refuse_used(self.places.allowed(found["proj_dir"]))
+            except UserError as error:
+                wrong["proj_dir"] = str(error)
         answer: dict[str, Any] = {"fields": wrong, "command": form.command(found), "proj_dir": self._run_dir(found)}
         if wrong:
             return answer

@@ -206,6 +206,8 @@ def test_a_run_directory_is_never_written_over(console, make_run) -> None:
     assert status == 400
     assert "holds a run already" in answer["error"]
     assert (path / "config.toml").read_text(encoding="utf-8") == before
+    answer = console.ask("api/train/check", {"data_file": "x.jsonl", "proj_dir": "out/used"})[1]
+    assert "holds a run already" in answer["fields"]["proj_dir"], "and the form says it beforehand"
 
 
 def test_deleting_asks_for_a_run_and_takes_nothing_else(console, folder, make_run) -> None:

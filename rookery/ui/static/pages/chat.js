@@ -140,6 +140,7 @@ async function answer(side, before, question, column, change, signal) {
     change({ state: "done", rate: tokens ? t("{n} tokens, {rate} a second", { n: tokens, rate: (tokens / seconds).toFixed(1) }) : "" });
   } catch (error) {
     if (error.name === "AbortError") change({ state: "stopped" });
+    else if (error.name === "TypeError") change({ state: "failed", error: t("The answer broke off: the process of the model ended. Send again to load it anew.") });
     else change({ state: "failed", error: error.message, failure: error.failure });
   }
 }

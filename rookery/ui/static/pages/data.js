@@ -17,7 +17,7 @@ export function Data({ path }) {
     form.value = { ...form.value, path };
     make.value = { ...make.value, output: "" };
   }, [path]);
-  useEffect(() => { if (form.value.path && found.value.path !== form.value.path) look(); }, [path]);
+  useEffect(() => { if (form.value.path && found.value.path !== form.value.path.trim()) look(); }, [path]);
   const own = jobs.value.filter((job) => job.kind === "data");
   const facts = found.value;
   return html`
@@ -63,7 +63,8 @@ function adoptData(path) {
 }
 
 async function look() {
-  const { path, format, mask, template, ctx_len } = form.value;
+  const { format, mask, template, ctx_len } = form.value;
+  const path = form.value.path.trim();
   found.value = { state: "asking", path };
   try {
     found.value = { state: "known", path, data: await api(`data/preview?${query({ path, format, mask, template, ctx_len })}`) };
@@ -74,7 +75,7 @@ async function look() {
 
 async function convert() {
   try {
-    await api("data/make", { ...make.value, source: form.value.path, ctx_len: form.value.ctx_len });
+    await api("data/make", { ...make.value, source: form.value.path.trim(), ctx_len: form.value.ctx_len });
     toast(t("Converting."));
   } catch (error) {
     complain(error);

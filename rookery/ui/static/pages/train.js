@@ -241,11 +241,9 @@ function Readiness() {
   const lacks = missing();
   const asking = facts.state === "asking";
   const wrong = Object.keys(facts.fields || {});
-  const other = facts.differences?.length > 0;
   const blocked = lacks
     || (wrong.length ? t("Mend the fields marked in red: {names}.", { names: wrong.join(", ") }) : "")
     || (facts.error && !asking ? t("The run cannot start: see above.") : "")
-    || (other ? t("The run directory holds a run with other settings: choose another one.") : "")
     || (starting.value ? t("Starting…") : "");
   return html`
     <${Card} title=${t("Ready?")} class="readiness" actions=${asking && html`<span class="muted" role="status">${t("checking…")}</span>`}>
