@@ -14,6 +14,7 @@ from rookery.cli.flags import METAVAR, SETTINGS, FlagsCommand, tell
 from rookery.cli.table import print_table
 from rookery.config import parse
 from rookery.config.launcher import find_place
+from rookery.config.memory import Plan, estimate, summary
 from rookery.config.tree import TrainConfig
 from rookery.i18n import _, language
 
@@ -45,7 +46,10 @@ def train(
     from rookery.train import prepare, run
 
     if explain:
-        print_explanation(prepare(parsed.config, parsed.origins))
+        resolved = prepare(parsed.config, parsed.origins)
+        print_explanation(resolved)
+        if resolved.config.run.train_stage != 1:
+            typer.echo(summary(estimate(Plan.of(resolved.config)), None))
         return
     if place is not None:
         _run_together(place.rank, parsed)

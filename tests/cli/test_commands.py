@@ -140,7 +140,9 @@ def test_explain_says_where_every_value_comes_from(tmp_path: Path, capsys: pytes
     out = tmp_path / "out"
     flags = "--n_layer 1 --n_embd 64 --vocab_size 0 --micro_bsz 4 --lr_init 1e-3 --explain"
     assert run(["train", str(recipe), *flags.split(), "--data_file", str(text), "--proj_dir", str(out)]) == 0
-    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines() if " " in line}
+    said = capsys.readouterr().out
+    assert "memory (estimate): weights" in said
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in said.splitlines() if " " in line}
     assert rows["n_layer"] == ["1", "--n_layer 1"]
     assert rows["lr_final"] == ["0.0006", "rule: 0.04/n_embd"]
     assert rows["lr_init"] == ["0.001", "--lr_init 1e-3"]
