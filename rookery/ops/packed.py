@@ -88,6 +88,20 @@ class Packing:
         tokens = int(self.bounds[-1])
         return numbers.new_full((tokens,), -1).index_copy_(0, self.first, numbers)
 
+    def chunks(self, size: int) -> Chunks:
+        """The sequences cut into chunks of `size` tokens, each beginning with its own."""
+        if size not in self._chunks:
+            counts = -(-self.bounds.diff() // size)
+            first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            owner = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+            device = self.first.device
+            self._chunks[size] = Chunks(len(owner), _on(device, first), _on(device, owner))
+        return self._chunks[size]
+
+    @cached_property
+    def _chunks(self) -> dict[int, Chunks]:
+        return {}
+
     @cached_property
     def _groups(self) -> _Groups:
         """The sequences from the longest to the shortest; one that is at most half as long as the first of its group
@@ -108,6 +122,18 @@ class Packing:
         device = self.first.device
         rows = (longest * torch.tensor(sizes)).tolist()
         return _Groups(sizes, rows, _on(device, order), _on(device, place))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Sequences cut into chunks."""
+
+    count: int
+    """Chunks of all sequences."""
+    first: Tensor
+    """(S + 1,) int64 on the device: number of the first chunk of each sequence, and at last `count`."""
+    owner: Tensor
+    """(count,) int32 on the device: the sequence of each chunk."""
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def wkv7_chunked(
 OP = Op(
     "wkv7",
     [
-        Backend("triton", wkv7_triton.refuses, wkv7_triton.wkv7_triton),
+        Backend("triton", wkv7_triton.refuses, wkv7_triton.wkv7_triton, packs=True),
         Backend("native", native.refuses, wkv7_native.wkv7_native, packs=True),
         Backend("chunked", never_refuses, wkv7_chunked),
         Backend("reference", never_refuses, wkv7_reference),

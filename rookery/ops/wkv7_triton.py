@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rookery.ops import on_triton
 from rookery.ops.backend import Call
+from rookery.ops.packed import Packing
 
 # Head sizes served, and the bytes of shared memory that one program of the largest kernel may take.
 SHARED_MEMORY = {16: 96 * 1024, 32: 96 * 1024, 64: 96 * 1024, 128: 136 * 1024}
@@ -57,58 +58,61 @@ class Schedule:
     sequential: bool
 
     @classmethod
-    def of(cls, r: Tensor) -> Schedule:
+    def of(cls, r: Tensor, packing: Packing | None = None) -> Schedule:
         """The schedule for inputs like `r` (B, T, H, N) on its device."""
         B, T, H, N = r.shape
         chunk = 32 if r.dtype == torch.bfloat16 and N <= 64 else 16
-        heads = B * H
-        return cls(chunk, sequential=chunk >= T or heads >= _heads_to_walk(r.device))
+        longest = T if packing is None else int(packing.bounds.diff().max())
+        # Of sequences of different lengths, as many as there would be of the longest: the walk lasts as long as that.
+        heads = B * T * H / longest
+        return cls(chunk, sequential=chunk >= longest or heads >= _heads_to_walk(r.device))
 
 
 def wkv7_triton(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None,
-    schedule: Schedule | None = None,
+    packing: Packing | None = None, schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Shapes and dtypes as in `rookery.ops.wkv7`; `schedule` overrides the choice made from the shapes."""
-    schedule = schedule or Schedule.of(r)
+    schedule = schedule or Schedule.of(r, packing)
     inputs = tuple(x.contiguous() for x in (r, w, k, v, a, b))
     if state is None:
         B, _, H, N = r.shape
-        state = r.new_zeros(B, H, N, N, dtype=torch.float32)
+        state = r.new_zeros(B if packing is None else len(packing), H, N, N, dtype=torch.float32)
     state = state.float().contiguous()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, state)):
-        y, final = _WKV7.apply(*inputs, state, schedule)
+        y, final = _WKV7.apply(*inputs, state, packing, schedule)
     else:
-        y, final, _, _ = _forward(inputs, state, schedule, keep=False)
+        y, final, _, _ = _forward(inputs, state, packing, schedule, keep=False)
     return y, final
 
 
 class _WKV7(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, schedule: Schedule
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
+        packing: Packing | None, schedule: Schedule,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         inputs = (r, w, k, v, a, b)
-        y, final, states, inverses = _forward(inputs, state, schedule, keep=True)
+        y, final, states, inverses = _forward(inputs, state, packing, schedule, keep=True)
         ctx.save_for_backward(*inputs, states, inverses)
-        ctx.schedule = schedule
+        ctx.packing, ctx.schedule = packing, schedule
         return y, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> Any:
         *inputs, states, inverses = ctx.saved_tensors
-        gradients = _backward(tuple(inputs), states, inverses, dy.contiguous(), dfinal.contiguous(), ctx.schedule)
-        return *gradients, None
+        given = dy.contiguous(), dfinal.contiguous(), ctx.packing, ctx.schedule
+        return *_backward(tuple(inputs), states, inverses, *given), None, None
 
 
 def _forward(
-    inputs: tuple[Tensor, ...], state: Tensor, schedule: Schedule, keep: bool
+    inputs: tuple[Tensor, ...], state: Tensor, packing: Packing | None, schedule: Schedule, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs, final state, and, with `keep`, the states before the chunks and the inverses."""
     from rookery.ops import wkv7_triton_kernels as kernels
 
-    launch = _Launch(inputs[0], schedule)
+    launch = _Launch(inputs[0], packing, schedule)
     _, w, k, v, a, b = inputs
     y, final = torch.empty_like(inputs[0]), torch.empty_like(state)
     keep = keep or not schedule.sequential
@@ -123,12 +127,13 @@ def _forward(
 
 
 def _backward(
-    inputs: tuple[Tensor, ...], states: Tensor, inverses: Tensor, dy: Tensor, dfinal: Tensor, schedule: Schedule
-) -> tuple[Tensor, ...]:
+    inputs: tuple[Tensor, ...], states: Tensor, inverses: Tensor, dy: Tensor, dfinal: Tensor,
+    packing: Packing | None, schedule: Schedule,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the six inputs and of the initial state."""
     from rookery.ops import wkv7_triton_kernels as kernels
 
-    launch = _Launch(inputs[0], schedule)
+    launch = _Launch(inputs[0], packing, schedule)
     r, w, _, _, a, b = inputs
     gradients = tuple(torch.empty_like(x) for x in inputs)
     dinitial = torch.empty_like(dfinal)
@@ -148,15 +153,19 @@ def _backward(
 class _Launch:
     """Launches kernels, and allocates what passes between them, for inputs like `r`."""
 
-    def __init__(self, r: Tensor, schedule: Schedule) -> None:
-        B, self.T, self.H, self.N = r.shape
+    def __init__(self, r: Tensor, packing: Packing | None, schedule: Schedule) -> None:
+        B, T, H, self.N = r.shape
         self.C = schedule.chunk
-        self.NT = -(-self.T // self.C)
-        self.heads = B * self.H
-        self.chunks = self.heads * self.NT
+        NT = -(-T // self.C)
+        self.heads, self.chunks = B * H, B * H * NT
+        tables = (r, r, r)  # not read
+        if packing is not None:
+            self.heads, self.chunks = len(packing) * H, packing.chunks(self.C).count * H
+            tables = (packing.borders, packing.chunks(self.C).first, packing.chunks(self.C).owner)
+        self.places = (*tables, T, H, NT)
         self.device = r.device
         self.kept = torch.bfloat16 if r.dtype == torch.bfloat16 else torch.float32
-        self.constants = constants(r.dtype, self.N)
+        self.constants = constants(r.dtype, self.N) | {"PACKED": packing is not None}
         self.options = options(r.dtype, self.N)
 
     def per_chunk(self, size: int, *, keep: bool) -> Tensor:
@@ -177,14 +186,17 @@ class _Launch:
 
         with on_triton.on(self.device):
             kernels.scan[(self.heads * (self.N // scan_rows(self.N)),)](
-                *tensors, self.NT, REVERSE=reverse, ROWS=scan_rows(self.N), **self.constants, **scan_options(self.N)
+                *tensors,
+                *self.places,
+                REVERSE=reverse,
+                ROWS=scan_rows(self.N),
+                **self.constants,
+                **scan_options(self.N),
             )
 
     def __call__(self, kernel: Any, programs: int, *tensors: Tensor, **constants: bool) -> None:
         with on_triton.on(self.device):
-            kernel[(programs,)](
-                *tensors, self.T, self.H, self.NT, C=self.C, **self.constants, **constants, **self.options
-            )
+            kernel[(programs,)](*tensors, *self.places, C=self.C, **self.constants, **constants, **self.options)
 
 
 def constants(dtype: torch.dtype, N: int) -> dict[str, Any]:

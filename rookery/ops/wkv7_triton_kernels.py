@@ -45,12 +45,42 @@ def _dot(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _tokens(bh, c, T, H, N: tl.constexpr, C: tl.constexpr):
-    """Where chunk `c` of head `bh` lies in a (B, T, H, N) array: offset of its first token, of its (C, N) elements from
-    there, and which of its tokens exist."""
-    token = (bh // H).to(tl.int64) * T + c * C
+def _sequence(s, bounds, firsts, T, NT, PACKED: tl.constexpr):
+    """Of sequence s: its first token, its first chunk (both counted through the sequences before it), its tokens and
+    its chunks. PACKED: as `bounds` and `firsts` (S + 1) say; else each has T tokens in NT chunks."""
+    if PACKED:
+        first = tl.load(bounds + s)
+        chunk = tl.load(firsts + s)
+        tokens = (tl.load(bounds + s + 1) - first).to(tl.int32)
+        count = (tl.load(firsts + s + 1) - chunk).to(tl.int32)
+    else:
+        first = s.to(tl.int64) * T
+        chunk = s.to(tl.int64) * NT
+        tokens = s * 0 + T
+        count = s * 0 + NT
+    return first, chunk, tokens, count
+
+
+@triton.jit
+def _tokens(h, c, first, tokens, H, N: tl.constexpr, C: tl.constexpr):
+    """Where chunk `c` of head `h` of a sequence lies in a (.., H, N) array: offset of its first token, of its (C, N)
+    elements from there, and which of its tokens exist."""
     rows = tl.arange(0, C)[:, None]
-    return (token * H + bh % H) * N, rows * (H * N) + tl.arange(0, N)[None, :], c * C + rows < T
+    base = ((first + c * C) * H + h) * N
+    return base, rows * (H * N) + tl.arange(0, N)[None, :], c * C + rows < tokens
+
+
+@triton.jit
+def _tokens_of(program, bounds, firsts, owners, T, H, NT, N: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr):
+    """The same for the chunk whose number a program has. The chunks of a sequence follow each other, head by head;
+    `owners` has the sequence of each chunk of one head."""
+    if PACKED:  # noqa: SIM108 - a condition of compilation
+        s = tl.load(owners + program // H)
+    else:
+        s = program // (NT * H)
+    first, chunk, tokens, count = _sequence(s, bounds, firsts, T, NT, PACKED)
+    within = program - (chunk * H).to(tl.int32)
+    return _tokens(within // count, within % count, first, tokens, H, N, C)
 
 
 @triton.jit
@@ -91,13 +121,14 @@ def _inverse(A, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def prepare_forward(
-    w, k, v, a, b, maps, offsets, decays, inverses, T, H, NT,
-    N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    w, k, v, a, b, maps, offsets, decays, inverses,
+    bounds, firsts, owners, T, H, NT,
+    N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """For every chunk: M (N, N), Q (N, N), h^2 (N) of S' = S (diag(h^2) + M) + Q, and (I - a_b)^-1 (C, C)."""
     program = tl.program_id(0)
     chunk = program.to(tl.int64)
-    base, tile, exists = _tokens(program // NT, program % NT, T, H, N, C)
+    base, tile, exists = _tokens_of(program, bounds, firsts, owners, T, H, NT, N, C, PACKED)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     log_d, log_p, h = _decays(_load(w + base, tile, exists), exists)
@@ -125,14 +156,15 @@ def prepare_forward(
 
 @triton.jit
 def prepare_backward(
-    r, w, a, b, dy, inverses, maps, offsets, decays, T, H, NT,
-    N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    r, w, a, b, dy, inverses, maps, offsets, decays,
+    bounds, firsts, owners, T, H, NT,
+    N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """For every chunk: M^T, D and h^2 of G = G' (diag(h^2) + M^T) + D, where G' and G are the gradients of the states
     after and before the chunk."""
     program = tl.program_id(0)
     chunk = program.to(tl.int64)
-    base, tile, exists = _tokens(program // NT, program % NT, T, H, N, C)
+    base, tile, exists = _tokens_of(program, bounds, firsts, owners, T, H, NT, N, C, PACKED)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     log_d, log_p, h = _decays(_load(w + base, tile, exists), exists)
@@ -155,8 +187,8 @@ def prepare_backward(
 
 @triton.jit
 def scan(
-    first, maps, offsets, decays, before, last, NT,
-    N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    first, maps, offsets, decays, before, last, bounds, firsts, owners, T, H, NT,
+    N: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
     """X <- X (diag(decays) + maps) + offsets over the chunks of each head, from `first` to `last`; `before` gets the X
@@ -167,9 +199,10 @@ def scan(
     columns = tl.arange(0, N)
     part = rows[:, None] * N + columns[None, :]
     X = tl.load(first + bh * (N * N) + part)
-    for step in range(0, NT):
-        c = NT - 1 - step if REVERSE else step
-        chunk = bh * NT + c
+    _, of_sequence, _, count = _sequence(bh // H, bounds, firsts, T, NT, PACKED)
+    begin = of_sequence * H + bh % H * count
+    for step in range(0, count):
+        chunk = begin + (count - 1 - step if REVERSE else step)
         tl.store(before + chunk * (N * N) + part, X)
         M = tl.load(maps + chunk * (N * N) + _square(N)).to(DOT)
         Q = tl.load(offsets + chunk * (N * N) + part)
@@ -180,13 +213,11 @@ def scan(
 
 @triton.jit
 def _forward_chunk(
-    S, r, w, k, v, a, b, states, inverses, y, bh, c, T, H, NT,
+    S, r, w, k, v, a, b, states, inverses, y, chunk, base, tile, exists,
     N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     SEQUENTIAL: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Write y of one chunk that starts from S; return the state after it."""
-    chunk = bh.to(tl.int64) * NT + c
-    base, tile, exists = _tokens(bh, c, T, H, N, C)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     log_d, log_p, h = _decays(_load(w + base, tile, exists), exists)
@@ -221,8 +252,8 @@ def _forward_chunk(
 
 @triton.jit
 def forward(
-    r, w, k, v, a, b, initial, states, inverses, y, final, T, H, NT,
-    N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    r, w, k, v, a, b, initial, states, inverses, y, final, bounds, firsts, owners, T, H, NT,
+    N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
     SEQUENTIAL: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Outputs. SEQUENTIAL: one program a head walks its chunks from `initial` to `final` and, with KEEP, writes
@@ -230,28 +261,30 @@ def forward(
     program = tl.program_id(0)
     if SEQUENTIAL:
         S = tl.load(initial + program.to(tl.int64) * (N * N) + _square(N))
-        for c in range(0, NT):
+        h = program % H
+        first, chunk, tokens, count = _sequence(program // H, bounds, firsts, T, NT, PACKED)
+        for c in range(0, count):
+            base, tile, exists = _tokens(h, c, first, tokens, H, N, C)
             S = _forward_chunk(
-                S, r, w, k, v, a, b, states, inverses, y, program, c, T, H, NT,
+                S, r, w, k, v, a, b, states, inverses, y, chunk * H + h * count + c, base, tile, exists,
                 N, C, DOT, PRECISION, SEQUENTIAL, KEEP,
             )  # fmt: skip
         tl.store(final + program.to(tl.int64) * (N * N) + _square(N), S)
     else:
         S = tl.load(states + program.to(tl.int64) * (N * N) + _square(N)).to(tl.float32)
+        base, tile, exists = _tokens_of(program, bounds, firsts, owners, T, H, NT, N, C, PACKED)
         _forward_chunk(
-            S, r, w, k, v, a, b, states, inverses, y, program // NT, program % NT, T, H, NT,
+            S, r, w, k, v, a, b, states, inverses, y, program.to(tl.int64), base, tile, exists,
             N, C, DOT, PRECISION, SEQUENTIAL, KEEP,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_chunk(
-    G, r, w, k, v, a, b, states, inverses, dy, dr, dw, dk, dv, da, db, bh, c, T, H, NT,
+    G, r, w, k, v, a, b, states, inverses, dy, dr, dw, dk, dv, da, db, chunk, base, tile, exists,
     N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one chunk, G being that of the state after it; return that of the state before it."""
-    chunk = bh.to(tl.int64) * NT + c
-    base, tile, exists = _tokens(bh, c, T, H, N, C)
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     raw = _load(w + base, tile, exists)
@@ -316,8 +349,9 @@ def _backward_chunk(
 
 @triton.jit
 def backward(
-    r, w, k, v, a, b, states, inverses, dy, dfinal, dstates, dr, dw, dk, dv, da, db, dinitial, T, H, NT,
-    N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    r, w, k, v, a, b, states, inverses, dy, dfinal, dstates, dr, dw, dk, dv, da, db, dinitial,
+    bounds, firsts, owners, T, H, NT,
+    N: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr,
     SEQUENTIAL: tl.constexpr,
 ):  # fmt: skip
     """Gradients. SEQUENTIAL: one program a head walks its chunks back from `dfinal` to `dinitial`. Otherwise one
@@ -325,15 +359,22 @@ def backward(
     program = tl.program_id(0)
     if SEQUENTIAL:
         G = tl.load(dfinal + program.to(tl.int64) * (N * N) + _square(N))
-        for step in range(0, NT):
+        h = program % H
+        first, chunk, tokens, count = _sequence(program // H, bounds, firsts, T, NT, PACKED)
+        for step in range(0, count):
+            c = count - 1 - step
+            base, tile, exists = _tokens(h, c, first, tokens, H, N, C)
             G = _backward_chunk(
-                G, r, w, k, v, a, b, states, inverses, dy, dr, dw, dk, dv, da, db, program, NT - 1 - step, T, H, NT,
+                G, r, w, k, v, a, b, states, inverses, dy, dr, dw, dk, dv, da, db,
+                chunk * H + h * count + c, base, tile, exists,
                 N, C, DOT, PRECISION,
             )  # fmt: skip
         tl.store(dinitial + program.to(tl.int64) * (N * N) + _square(N), G)
     else:
         G = tl.load(dstates + program.to(tl.int64) * (N * N) + _square(N)).to(tl.float32)
+        base, tile, exists = _tokens_of(program, bounds, firsts, owners, T, H, NT, N, C, PACKED)
         _backward_chunk(
-            G, r, w, k, v, a, b, states, inverses, dy, dr, dw, dk, dv, da, db, program // NT, program % NT, T, H, NT,
+            G, r, w, k, v, a, b, states, inverses, dy, dr, dw, dk, dv, da, db,
+            program.to(tl.int64), base, tile, exists,
             N, C, DOT, PRECISION,
         )  # fmt: skip

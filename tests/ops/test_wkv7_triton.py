@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rookery.ops import wkv7, wkv7_triton
 from rookery.ops.backend import Call
+from rookery.ops.packed import Packing
 from rookery.ops.wkv7_triton import Schedule
 
 triton = pytest.importorskip("triton", reason="Triton exists for Linux on x86-64 only")
@@ -72,6 +73,28 @@ def test_fp32_outputs_and_gradients(T: int, N: int, sequential: bool) -> None:
 
 @kernels
 @schedules
+def test_packed_sequences(sequential: bool) -> None:
+    """Each is read from its own state, whether its border lies in a chunk or between two."""
+    lengths = torch.tensor([1, 15, 33, 16, 2])
+    packing = Packing.of(lengths, torch.device(DEVICE))
+    case = Case(67, 32)
+    state = torch.randn(5, 2, 32, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    leaves = [x.clone().requires_grad_() for x in (*case.inputs, state)]
+    outputs = wkv7_triton.wkv7_triton(*leaves, packing=packing, schedule=Schedule(16, sequential))
+    gradients = torch.autograd.grad(outputs, leaves, (case.dy, 2 * state))
+    exact = [x.double().requires_grad_() for x in (*case.inputs, state)]
+    want = wkv7(*exact, backend="reference", packing=packing)
+    want_gradients = torch.autograd.grad(want, exact, (case.dy.double(), 2 * state.double()))
+    for name, got, right in zip(NAMES, (*outputs, *gradients), (*want, *want_gradients), strict=True):
+        assert relative_error(got, right) < 2e-6, name
+    y, final = wkv7_triton.wkv7_triton(*case.inputs, None, packing)  # from zeros, without gradients
+    want_y, want_final = wkv7(*case.inputs, backend="reference", packing=packing)
+    torch.testing.assert_close(y, want_y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(final, want_final, rtol=1e-5, atol=1e-5)
+
+
+@kernels
+@schedules
 @pytest.mark.parametrize("w", [10.0, -10.0], ids=["clamp", "slow"])
 def test_fp32_extreme_decays(w: float, sequential: bool) -> None:
     errors = Case(50, 32, w=w).errors(Schedule(16, sequential))
@@ -115,9 +138,9 @@ def test_a_key_that_repeats(dtype: torch.dtype) -> None:
 @schedules
 def test_two_halves_equal_the_whole(sequential: bool) -> None:
     case, schedule = Case(41, 32), Schedule(16, sequential)
-    y, final = wkv7_triton.wkv7_triton(*case.inputs, case.state, schedule)
-    y1, middle = wkv7_triton.wkv7_triton(*(x[:, :19] for x in case.inputs), case.state, schedule)
-    y2, last = wkv7_triton.wkv7_triton(*(x[:, 19:] for x in case.inputs), middle, schedule)
+    y, final = wkv7_triton.wkv7_triton(*case.inputs, case.state, schedule=schedule)
+    y1, middle = wkv7_triton.wkv7_triton(*(x[:, :19] for x in case.inputs), case.state, schedule=schedule)
+    y2, last = wkv7_triton.wkv7_triton(*(x[:, 19:] for x in case.inputs), middle, schedule=schedule)
     torch.testing.assert_close(torch.cat([y1, y2], dim=1), y, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(last, final, rtol=1e-5, atol=1e-5)
 
@@ -179,7 +202,8 @@ def test_under_the_interpreter() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-def test_compiles_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiles_for_a_gpu(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kernel goes through Triton's compiler and NVIDIA's assembler for an H200, and fits in shared memory."""
     from rookery.ops import wkv7_triton_kernels as module
 
@@ -187,7 +211,13 @@ def test_compiles_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     dtype, N = torch.bfloat16, 64
     bf16 = "r w k v a b y dy dr dw dk dv da db states inverses maps before dstates"
     types = dict.fromkeys(bf16.split(), "*bf16") | dict.fromkeys(("T", "H", "NT"), "i32")
-    common = wkv7_triton.constants(dtype, N) | {"C": 32, "KEEP": True, "ROWS": wkv7_triton.scan_rows(N)}
+    types |= {"bounds": "*i64", "firsts": "*i64", "owners": "*i32"}
+    common = wkv7_triton.constants(dtype, N) | {
+        "PACKED": packed,
+        "C": 32,
+        "KEEP": True,
+        "ROWS": wkv7_triton.scan_rows(N),
+    }
     options, of_scan = wkv7_triton.options(dtype, N), wkv7_triton.scan_options(N)
     for kernel, own, launched in (
         (module.prepare_forward, {}, options),
@@ -197,6 +227,8 @@ def test_compiles_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (module.forward, {"SEQUENTIAL": False}, options),
         (module.backward, {"SEQUENTIAL": True}, options),
         (module.backward, {"SEQUENTIAL": False}, options),
+        # Triton takes arguments that are 1 as constants.
+        *([] if packed else [(module.forward, {"SEQUENTIAL": True, "T": 1, "NT": 1, "H": 1}, options)]),
     ):
         compiled = compile_for_h200(kernel, common | own, types, options=launched)
         assert compiled.shared <= wkv7_triton.SHARED_MEMORY[N], kernel.fn.__name__
