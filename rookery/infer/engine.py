@@ -396,8 +396,7 @@ class Engine:
         # In parts: logits of a long piece in a large vocabulary would take much more memory than its states.
         for at, rows in zip(range(begin, begin + len(hidden), PIECE), hidden.split(PIECE), strict=True):
             targets = request.prompt[at + 1 : at + 1 + len(rows)]
-            logits = active.form.head(rows)
-            described += [self._described(active, token, row) for token, row in zip(targets, logits, strict=False)]
+            described += self._described(active, targets, active.form.head(rows)[: len(targets)])
 
     def _answer(self) -> None:
         going_on = [a for a in self._answering if a.sequence.tokens and not a.handle.cancelled]
@@ -423,10 +422,11 @@ class Engine:
         if not active.first:
             active.first = time.monotonic()
         if ends:
-            active.handle.stopped_by = self._described(active, token, logits)
+            [active.handle.stopped_by] = self._described(active, [token], logits[None])
         else:
             active.bytes += len(sequence.bytes_of(token))
-            active.tokens.append((self._described(active, token, logits), active.bytes))
+            [described] = self._described(active, [token], logits[None])
+            active.tokens.append((described, active.bytes))
             if guide and guide.complete and not sequence.finish:
                 text += sequence.end()
         released = active.bytes - sequence.unreleased_bytes
@@ -440,13 +440,16 @@ class Engine:
             del active.tokens[: len(tokens)]
             active.handle.give(Piece(text, tokens))
 
-    def _described(self, active: Active, token: int, logits: Tensor) -> Token:
-        data, count = active.sequence.bytes_of(token), active.request.logprobs
+    def _described(self, active: Active, ids: list[int], logits: Tensor) -> list[Token]:
+        """The tokens `ids` as they came of `logits` (T, V)."""
+        data, count = map(active.sequence.bytes_of, ids), active.request.logprobs
         if count is None:
-            return Token(token, data)
+            return [Token(*known) for known in zip(ids, data, strict=True)]
         logprobs = logits.float().log_softmax(-1)
-        values, ids = logprobs.topk(count)
-        return Token(token, data, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+        own = logprobs.gather(1, torch.tensor(ids, dtype=torch.long, device=logprobs.device)[:, None])[:, 0].tolist()
+        values, places = logprobs.topk(count)
+        tops = [tuple(zip(*row, strict=True)) for row in zip(places.tolist(), values.tolist(), strict=True)]
+        return [Token(*known) for known in zip(ids, data, own, tops, strict=True)]
 
     def _end(self, active: Active, finish: Finish, error: Exception | None = None) -> None:
         now, handle, tokens = time.monotonic(), active.handle, active.sequence.tokens

@@ -26,6 +26,12 @@ UNIT = 16
 FEW = 32
 """Rows from which on oneDNN is faster."""
 
+PIECE = 64
+"""Rows of a weight that `rows_of_product` calls a piece of work."""
+
+WORTH_SHARING = 1 << 17
+"""Elements of a weight from which on a second thread saves more than it costs."""
+
 
 def refused(model: Model) -> str | None:
     """Why the weights of `model` cannot be packed, or None."""
@@ -111,8 +117,12 @@ class PackedLinear(nn.Module):
         from rookery.ops.jit import share_out, static
 
         y = torch.empty(len(x), len(self.matrix.data))
-        work = -(-y.shape[1] // 64)
-        share_out(decode7_numba.rows_of_product, work, static(self.matrix.kind), self._entry, x.numpy(), y.numpy())
+        arrays = (static(self.matrix.kind), self._entry, x.numpy(), y.numpy())
+        pieces = -(-y.shape[1] // PIECE)
+        if torch.get_num_threads() == 1 or self.matrix.data.numel() < WORTH_SHARING:
+            decode7_numba.rows_of_product(0, pieces, *arrays)
+        else:
+            share_out(decode7_numba.rows_of_product, pieces, *arrays)
         return y
 
 

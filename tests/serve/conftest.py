@@ -31,7 +31,12 @@ DIALOGUES = [
         )
     ),
     chat.document(
-        [chat.Message("user", "Why (think a bit)"), chat.Message("assistant", "Because.\nSo.", "One.\n\nTwo.")], "g1"
+        [
+            chat.Message("user", "Why (think a bit)"),
+            chat.Message("assistant", "Because.\nSo.", "One.\n\nTwo."),
+            chat.Message("user", "Hi"),  # an answer with thoughts ends where somebody else speaks
+        ],
+        "g1",
     ),
     chat.document([chat.Message("user", "Go"), chat.Message("assistant", "```json\n[1]\n```")]),
 ]
@@ -57,10 +62,11 @@ def clerk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model, vocabulary = build(DIALOGUES, 64, 1)
     rows = [vocabulary.encode(text + "\n\n") for text in DIALOGUES]
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    tokens = torch.zeros(len(rows), max(map(len, rows)) + 1, dtype=torch.long)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
-    targets = torch.where(tokens[:, 1:] > 0, tokens[:, 1:], -100)
+    # What follows the end of a document is not trained.
+    targets = torch.where(tokens[:, :-1] > 0, tokens[:, 1:], -100)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-2, betas=(0.9, 0.99))
     for _step in range(80):
         logits = model(tokens[:, :-1])[0]

@@ -171,7 +171,7 @@ def test_an_answer_has_any_other_form(knowing) -> None:
     forms = {
         "regex": ("[0-9]{3}-[a-f]", r"[0-9]{3}-[a-f]"),
         "choice": (["yes", "no"], "yes|no"),
-        "grammar": ('root ::= "(" root ")" | "x"', r"\(*x\)*"),
+        "grammar": ('root ::= "(" side ")"\nside ::= "left" | "right"', r"\((left|right)\)"),
         "json": ({"type": "integer", "minimum": 0, "maximum": 9}, "[0-9]"),
     }
     for kind, (form, expected) in forms.items():
