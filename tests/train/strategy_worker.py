@@ -188,9 +188,10 @@ def bytes_of_building(folder: Path, ranks: Ranks) -> dict[str, int]:
     ranks.barrier()
     with torch.device("meta"):
         model = create(shape, kernel="chunked")
-    assign(model, read_weights(file), "", share=True)
+    mapped = read_weights(file)
+    assign(model, mapped, "", share=True)
     whole = sum(4 * p.numel() for p in model.parameters())
-    with LiveBytes(model.parameters()) as taking:
+    with LiveBytes(mapped.values()) as taking:
         engine_of(model, torch.bfloat16, "fsdp", ranks)
     return {"whole": whole, "writing": writing.peak, "taking": taking.peak}
 
