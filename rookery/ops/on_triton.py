@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Collection
 from functools import cache
 
@@ -17,9 +18,13 @@ PROGRAMS = 8
 """Of a kernel that sums over tokens, for each multiprocessor: enough to keep it busy while some wait for memory."""
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton interprets kernels, which then run on a CPU: for tests, and to look into them."""
+
+
 def refuses_call(call: Call, head_sizes: Collection[int] = ()) -> str | None:
     """Why kernels for heads of `head_sizes` (empty: for anything) cannot serve `call` on any machine, or None."""
-    if call.device != "cuda":
+    if call.device != "cuda" and not INTERPRETED:
         return f"runs on a GPU, not on {call.device}"
     if call.dtype not in DTYPES:
         return f"dtype {call.dtype} is not bfloat16, float16 or float32"
@@ -42,6 +47,8 @@ def refuses_step(call: Call, head_sizes: Collection[int] = ()) -> str | None:
 
 def refuses_machine(shared_memory: int = 0) -> str | None:
     """Why this GPU runs no kernel of which one program takes `shared_memory` bytes, or None."""
+    if INTERPRETED:
+        return None
     return _gpu_refuses(torch.cuda.current_device(), shared_memory)
 
 

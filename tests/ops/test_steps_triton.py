@@ -16,6 +16,7 @@ import torch
 from interpreted import DEVICE, INTERPRETED, Banded, compile_for_h200, kernels, relative_error, run_interpreted
 from torch import Tensor
 
+from rookery.models import ModelShape, create
 from rookery.ops import head_loss, head_loss_triton, mix7, mix7_triton, pointwise_triton
 from rookery.ops.backend import Call
 from rookery.ops.head_loss import head_loss_plain, rows_plain
@@ -203,6 +204,32 @@ def test_reads_and_writes_stay_inside() -> None:
         assert relative_error(g.double(), w) < 5e-6, i
 
 
+@kernels
+@pytest.mark.parametrize("lengths", [None, [13, 3, 20]], ids=["rows", "packed"])
+def test_a_whole_model(lengths: list[int] | None) -> None:
+    """Loss, state and every gradient with Triton wherever it serves are those of plain PyTorch in fp64."""
+    shape = ModelShape("x070", 2, 64, 50, 32, 64, 256, {"w": 8, "a": 8, "v": 8, "g": 8})
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(50, (2, 18), generator=generator)
+    weights = {name: torch.randn(p.shape, generator=generator) / 8 for name, p in create(shape).named_parameters()}
+    found = []
+    for kernel, dtype in (("triton", torch.float32), ("chunked", torch.float64)):
+        model = create(shape, kernel=kernel)
+        model.load_state_dict(weights)
+        model = model.to(DEVICE, dtype)
+        packed = None if lengths is None else torch.tensor(lengths)
+        loss, state = model.loss(tokens.to(DEVICE), tokens.roll(-1, 1).to(DEVICE), lengths=packed, trained=36)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        grads = torch.autograd.grad(loss + state.wkv.square().mean().to(loss), parameters, allow_unused=True)
+        found.append({"loss": loss, "state": state.wkv} | dict(zip(names, grads, strict=True)))
+    got, want = found
+    for name, value in want.items():
+        if value is None:
+            assert got[name] is None or not got[name].any(), name
+        else:
+            assert relative_error(got[name].double(), value.double()) < 2e-5, name
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @dtypes
 def test_mix7_around_the_recurrence_of_the_gpu(dtype: torch.dtype, tolerance: float) -> None:
@@ -210,6 +237,7 @@ def test_mix7_around_the_recurrence_of_the_gpu(dtype: torch.dtype, tolerance: fl
     compare(run, plain, mix7_inputs(2, 70, 2, 64), dtype, 4 * tolerance)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels run anywhere")
 def test_say_why_they_cannot_serve() -> None:
     assert pointwise_triton.refuses(Call("cpu", torch.bfloat16)) == "runs on a GPU, not on cpu"
     mixed = frozenset({torch.bfloat16, torch.float32})
