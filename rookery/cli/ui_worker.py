@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 
 def check(words: list[str], gpu_free: int | None) -> dict[str, Any]:
-    """What `rookery train WORDS` would do: every value, what it says about them, and the memory it would take; `gpu_free`
-    are the bytes that nvidia-smi says are free."""
+    """What `rookery train WORDS` would do: every value, what it says about them, and the memory it would take.
+
+    `gpu_free` are the bytes that nvidia-smi says are free."""
     from rookery.config import parse
     from rookery.config.memory import Plan
     from rookery.config.tree import SECTION_OF, get

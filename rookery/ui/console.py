@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Console:
         self.jobs = Jobs()
         self.servers = Servers()
         self.worker = Worker(self.places.first)
+        self._starting = threading.Lock()
         self._described: dict[tuple[str, int, int], dict[str, Any]] = {}
 
     @property
@@ -129,17 +131,18 @@ class Console:
         wrong = form.check(found)
         if wrong:
             raise UserError("\n".join(f"{leaf}: {text}" for leaf, text in wrong.items()))
-        found["proj_dir"] = self._run_dir(found)
-        path = self.places.allowed(found["proj_dir"])
-        self._refuse_used(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            for name in ("config.toml", REQUEST):  # the run will replace the first by one with every value
-                (path / name).write_text(form.toml(found), encoding="utf-8", newline="\n")
-            (path / OUTPUT).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(_("proj_dir {path} cannot be written: {reason}", path=path, reason=error)) from error
-        self._start(path, self.places.first, found["proj_dir"])
+        with self._starting:  # two pages may ask for the same directory at once
+            found["proj_dir"] = self._run_dir(found)
+            path = self.places.allowed(found["proj_dir"])
+            self._refuse_used(path)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                for name in ("config.toml", REQUEST):  # the run will replace the first by one with every value
+                    (path / name).write_text(form.toml(found), encoding="utf-8", newline="\n")
+                (path / OUTPUT).unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(_("proj_dir {path} cannot be written: {reason}", path=path, reason=error)) from error
+            self._start(path, self.places.first, found["proj_dir"])
         return str(path)
 
     def _refuse_used(self, path: Path) -> None:
@@ -160,14 +163,15 @@ class Console:
             UserError: it trains already, or there is no configuration to go on with.
         """
         run = self.runs.get(path)
-        if run.phase(run.status()) in ACTIVE:
-            raise UserError(_("{path} is training already", path=path))
-        config = run.config()
-        if not config:
-            raise UserError(_("{path} has no config.toml to go on with", path=path))
-        home = self._home(run.path, str(config.get("proj_dir", "")))
-        relative = run.path.relative_to(home) if home in run.path.parents else run.path
-        self._start(run.path, home, relative.as_posix())
+        with self._starting:
+            if run.phase(run.status()) in ACTIVE:
+                raise UserError(_("{path} is training already", path=path))
+            config = run.config()
+            if not config:
+                raise UserError(_("{path} has no config.toml to go on with", path=path))
+            home = self._home(run.path, str(config.get("proj_dir", "")))
+            relative = run.path.relative_to(home) if home in run.path.parents else run.path
+            self._start(run.path, home, relative.as_posix())
 
     def _home(self, path: Path, proj_dir: str) -> Path:
         """The folder in which a run was started: its relative paths belong there."""

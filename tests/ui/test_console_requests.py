@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -208,6 +209,13 @@ def test_a_run_directory_is_never_written_over(console, make_run) -> None:
     assert (path / "config.toml").read_text(encoding="utf-8") == before
     answer = console.ask("api/train/check", {"data_file": "x.jsonl", "proj_dir": "out/used"})[1]
     assert "holds a run already" in answer["fields"]["proj_dir"], "and the form says it beforehand"
+
+
+def test_of_two_pages_that_start_the_same_run_one_does(console, folder) -> None:
+    values = {"data_file": "nothing.jsonl", "proj_dir": "out/both", "n_layer": "1", "n_embd": "64"}
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda _page: console.ask("api/train/start", values)[0], range(4)))
+    assert sorted(answers) == [200, 400, 400, 400]
 
 
 def test_deleting_asks_for_a_run_and_takes_nothing_else(console, folder, make_run) -> None:

@@ -197,7 +197,7 @@ export function duration(seconds) {
 }
 export function figure(value, digits = 4) {
   if (value == null || !isFinite(value)) return "–";
-  return Math.abs(value) >= 1000 ? short(value) : value.toFixed(Math.abs(value) >= 100 ? 1 : digits);
+  return Math.abs(value) >= 1000 ? short(value) : value.toFixed(Math.abs(value) >= 100 ? 1 : Math.abs(value) >= 10 ? Math.min(3, digits) : digits);
 }
 export const rate = (value) => (value == null ? "–" : value === 0 || Math.abs(value) >= 1e-2 ? String(+value.toPrecision(3)) : value.toExponential(2));
 export const date = (seconds) =>

@@ -248,8 +248,8 @@ function Readiness() {
   return html`
     <${Card} title=${t("Ready?")} class="readiness" actions=${asking && html`<span class="muted" role="status">${t("checking…")}</span>`}>
       <ul class="checks">
-        <${Check} ok=${!lacks || lacks !== t("Choose training data.")} name=${t("Data")}>${dataFacts(facts)}</${Check}>
-        <${Check} ok=${!lacks && !facts.error} name=${t("Model")}>${modelFacts(facts)}</${Check}>
+        <${Check} ok=${Boolean(facts.values)} name=${t("Data")}>${dataFacts(facts)}</${Check}>
+        <${Check} ok=${Boolean(facts.values)} name=${t("Model")}>${modelFacts(facts)}</${Check}>
         ${facts.values && html`<${Check} ok=${facts.values.accelerator !== "cpu" || !machine.value?.gpus.length} name=${t("Device")}>${deviceFacts(facts)}</${Check}>`}
         ${facts.values && html`<${Check} ok name=${t("Length")}>${lengthFacts(facts)}</${Check}>`}
         ${facts.values && html`<${Check} ok=${fitsMemory(facts)} name=${t("Memory")}>${memoryFacts(facts)}</${Check}>`}
