@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def case_of(name: str) -> tuple[Model, Batch]:
     case = {"version": "x070", "dtype": torch.float64, "rows": 1, "length": 48, "tuned": False} | CASES[name]
-    kernel = "auto" if case["dtype"] == torch.float32 else "chunked"
+    kernel = "chunked" if case["dtype"] == torch.float64 else "auto"
     model = model_of(case["version"], case["dtype"], kernel=kernel, tuned=case["tuned"])
     model.grad_cp, model.offload_activations = case.get("grad_cp", False), case.get("offload", False)
     model.train()
