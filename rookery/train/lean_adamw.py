@@ -55,7 +55,6 @@ class Moment8:
         self.scales = torch.zeros(blocks, 1, device=device)
         self.codes = torch.zeros(blocks, BLOCK, dtype=torch.uint8, device=device)
         series = _series(127, DECADES_FIRST) if signed else _series(256, DECADES_SECOND)
-        self.least = 0.0 if signed else float(series[0])
         self.magnitudes = torch.cat([torch.zeros(1), series] if signed else [series]).to(device)
         """By code, over the scale; negative elements have the codes from 128 on."""
         self.gaps = torch.cat([self.magnitudes.diff(), self.magnitudes.new_zeros(1)])
@@ -89,9 +88,8 @@ class Moment8:
         size = blocks.abs()
         scales = size.amax(1, keepdim=True)
         size /= torch.where(scales == 0, 1, scales)
-        size.clamp_(min=self.least)
         top = len(self.magnitudes) - 1
-        # What is not finite becomes some code, which `leave` keeps from being used.
+        # What lies below the series becomes its first code; what is not finite, some code that `leave` lets nobody use.
         below = size.log2().mul_(self.per_octave).add_(top).floor_().int().clamp_(0, top).view(-1)
         room = size.view(-1).sub_(self.magnitudes.index_select(0, below))
         if isinstance(noise, Tensor):
