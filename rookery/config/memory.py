@@ -54,7 +54,7 @@ SAFE = 0.9
 MOST_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
 """Tokens of a forward pass beyond which a device gets no faster, and `micro_bsz 0` no larger."""
 
-HEAD_CHUNK_BYTES, LARGE_HEAD_CHUNK_BYTES = 64 << 20, 512 << 20
+HEAD_CHUNK_BYTES, NATIVE_HEAD_CHUNK_BYTES, LARGE_HEAD_CHUNK_BYTES = 64 << 20, 128 << 20, 512 << 20
 """As in `rookery.ops.head_loss`."""
 
 SMALLEST_IN_8_BITS, TWO_MOMENTS, AT_A_TIME = 4096, 2 * (1 + 4 / 256), {"cpu": 1 << 18, "cuda": 1 << 22}
@@ -393,9 +393,11 @@ def _of_head_size(plan: Plan, path: str) -> float:
 def _head(plan: Plan) -> int:
     """Logits of a chunk, and the gradient of the head where it trains."""
     half, V, trains = plan.element == 2, plan.vocab_size, plan.trains("head")
-    if plan.accelerator == "cuda" and plan.kernel not in ("chunked", "reference"):
+    if plan.kernel not in ("chunked", "reference"):
         # They become their gradients in place.
-        size = LARGE_HEAD_CHUNK_BYTES if trains else HEAD_CHUNK_BYTES
+        size = NATIVE_HEAD_CHUNK_BYTES
+        if plan.accelerator == "cuda":
+            size = LARGE_HEAD_CHUNK_BYTES if trains else HEAD_CHUNK_BYTES
         rows = min(plan.tokens, plan.head_chunk or max(1, size // (plan.element * V)))
         logits = rows * V * plan.element
         matrix = V * plan.n_embd if trains else 0

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rookery.ops import head_loss_triton
+from rookery.ops import head_loss_native, head_loss_triton
 from rookery.ops.backend import Backend, Call, Op, beside, exact_dtype, never_refuses, tracked, under_autocast
 from rookery.ops.linear import linear
 
@@ -28,6 +28,10 @@ CHUNK_BYTES = 64 << 20
 LARGE_CHUNK_BYTES = 512 << 20
 """The same on a GPU where logits become gradients in place, if the head trains: its gradient, summed in fp32, is read
 and written for every chunk."""
+
+
+NATIVE_CHUNK_BYTES = 128 << 20
+"""The same on a CPU where they become gradients in place."""
 
 
 def head_loss(
@@ -57,6 +61,8 @@ def head_loss(
         size, element = CHUNK_BYTES, 4
         if chosen.name == "triton":
             size, element = LARGE_CHUNK_BYTES if weight.requires_grad else CHUNK_BYTES, x.element_size()
+        elif chosen.name == "native":
+            size, element = NATIVE_CHUNK_BYTES, x.element_size()
         chunk = max(1, size // (element * weight.shape[0]))
     return _HeadLoss.apply(*tracked(x, weight), targets, trained, chunk, L2WRAP if l2wrap else 0.0, chosen.run)
 
@@ -114,13 +120,16 @@ class _HeadLoss(torch.autograd.Function):
         if dx is not None:
             dx = dx.reshape(x.shape)
         ctx.save_for_backward(dx, dweight)
-        ctx.rows = max(n, 1)
+        ctx.rows, ctx.dtype = max(n, 1), x.dtype
         return loss / ctx.rows
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         scale = upstream / ctx.rows
-        dx, dweight = (None if grad is None else (grad * scale).to(grad.dtype) for grad in ctx.saved_tensors)
+        dx, dweight = (
+            None if grad is None else torch.mul(grad, scale, out=torch.empty_like(grad, dtype=ctx.dtype))
+            for grad in ctx.saved_tensors
+        )
         return dx, dweight, None, None, None, None, None
 
 
@@ -154,6 +163,7 @@ OP = Op(
     "head_loss",
     [
         Backend("triton", head_loss_triton.refuses, head_loss_triton.rows),
+        Backend("native", head_loss_native.refuses, head_loss_native.rows),
         Backend("plain", never_refuses, rows_plain),
     ],
 )

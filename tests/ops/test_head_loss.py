@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rookery.ops import head_loss
-from rookery.ops.head_loss import head_loss_plain
+from rookery.ops import head_loss, head_loss_native
+from rookery.ops.head_loss import head_loss_plain, rows_plain
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -129,3 +129,27 @@ def test_without_gradients_none_are_computed() -> None:
     with torch.no_grad(), Made() as made:
         assert torch.equal(head_loss(x, weight, targets), loss)
     assert tuple(weight.shape) not in made.shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [3, 64, 333])
+def test_the_cpu_loop_equals_the_plain_rows(V: int, dtype: torch.dtype) -> None:
+    logits = (4 * torch.randn(5, V, generator=torch.Generator().manual_seed(V))).to(dtype)
+    targets = torch.randint(V, (5,), generator=torch.Generator().manual_seed(1))
+    targets[0] = logits[0].argmax()  # where both terms of the gradient meet
+    want_loss, want = rows_plain(logits.double(), targets, 0.01, True)
+    loss, got = head_loss_native.rows(logits.clone(), targets, 0.01, True)
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-6, atol=0)
+    assert got.dtype == dtype
+    rtol = 2**-8 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-6)
+    alone, untouched = head_loss_native.rows(logits, targets, 0.01, False)
+    assert torch.equal(alone, loss)
+    assert torch.equal(untouched, logits)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_logit_that_is_no_number_makes_the_loss_none(bad: float) -> None:
+    x, weight, targets = (z.detach() if z.is_floating_point() else z for z in case(torch.float32))
+    weight[7, 3] = bad
+    assert not head_loss(x.float(), weight, targets).isfinite()
