@@ -69,13 +69,15 @@ class Jobs:
             job["ended"] = time.time()
         output, _end = read_from(job["log"], -20_000)
         state = "running" if status is None else "done" if status == 0 else "failed"
-        if job["cancelled"]:
+        if state == "failed" and job["cancelled"] and _is_written(job["result"], job["started"]):
+            state = "done"  # the end came too late: it had just finished
+        elif job["cancelled"]:
             state = {"running": "cancelling", "failed": "cancelled"}.get(state, state)
         percents = PERCENT.findall(output)
         return {
             **{name: job[name] for name in ("id", "kind", "title", "command", "result", "started", "ended")},
             "state": state,
-            "percent": 100.0 if status == 0 else float(percents[-1]) if percents else None,
+            "percent": 100.0 if state == "done" else float(percents[-1]) if percents else None,
             "output": output,
             "failure": failures.as_dict(failures.find(output)) if state == "failed" else None,
         }
@@ -91,3 +93,10 @@ class Jobs:
             job["cancelled"] = True
             threading.Thread(target=processes.end, args=(job["pid"],), kwargs={"patience": PATIENCE}).start()
         return self.state(number)
+
+
+def _is_written(result: str, since: float) -> bool:
+    """Whether the file or folder `result`, or the data of this prefix, was written after `since`. They appear whole, of
+    data the index last."""
+    places = (Path(result), Path(f"{result}.idx"))
+    return any(place.exists() and place.stat().st_mtime >= since for place in places)

@@ -84,3 +84,12 @@ def test_cancelled_data_leave_nothing_and_tell_how_far_they_were(console, folder
     assert job["state"] == "cancelled", job["output"]
     assert list(folder.glob("made*")) == []
     assert "Traceback" not in job["output"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a stopped process of Windows hears no Ctrl-Break")
+def test_what_was_finished_before_it_could_be_cancelled_is_done(console, folder) -> None:
+    job = console.ask("api/data/make", {"source": "large.jsonl", "output": "late"})[1]
+    command = caught(console, folder, "late.idx")
+    console.ask("api/jobs/cancel", {"id": job["id"]})
+    command.resume()
+    assert ended(console, job["id"])["state"] == "done"

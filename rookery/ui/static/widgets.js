@@ -291,8 +291,14 @@ const Job = ({ job, children }) => {
 export function Jobs({ jobs, children }) {
   const shown = jobs.filter((job, at) => at === 0 || ["running", "cancelling"].includes(job.state));
   const others = jobs.filter((job) => !shown.includes(job));
+  const place = useRef();
+  const newest = jobs[0];
+  useEffect(() => {
+    // One that was just begun may lie below what is seen.
+    if (newest?.state === "running" && Date.now() / 1000 - newest.started < 5) place.current.scrollIntoView({ block: "nearest" });
+  }, [newest?.id]);
   const draw = (job) => html`<${Job} key=${job.id} job=${job}>${children(job)}</${Job}>`;
-  return html`${shown.map(draw)}${others.length > 0 && html`<details class="earlier"><summary>${t("{n} earlier", { n: others.length })}</summary>${others.map(draw)}</details>`}`;
+  return html`<div ref=${place}>${shown.map(draw)}</div>${others.length > 0 && html`<details class="earlier"><summary>${t("{n} earlier", { n: others.length })}</summary>${others.map(draw)}</details>`}`;
 }
 
 /** Progress in percent; null = going on, nobody knows how far. */

@@ -14,7 +14,7 @@ from console import ConsoleProcess, chromium, running_console
 from rookery.formats import write_pth
 from rookery.models import ModelShape, create, initialise
 
-SLOW = 30_000
+SLOW = 90_000
 """Milliseconds that a step may take on a busy machine of two cores."""
 
 
@@ -39,6 +39,9 @@ def workspace(tmp_path_factory) -> Path:
 def console(workspace) -> Iterator[ConsoleProcess]:
     with running_console(workspace) as console:
         yield console
+        # Training outlives the console; what a failed test has left must not outlive the tests.
+        for run in (workspace / "out").glob("*"):
+            console.ask("api/runs/stop", {"run": str(run)})
 
 
 @pytest.fixture(scope="session")

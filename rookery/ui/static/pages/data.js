@@ -98,7 +98,7 @@ function Preview({ data }) {
       <p>${read.map((one) => html`<span class="chip">${one}</span>`)}</p>
       ${!data.complete && html`<p class="muted">${t("These figures are about the beginning of a large file.")}</p>`}
       <dl class="figures">${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
-      <${Histogram} bins=${data.histogram} limit=${data.ctx_len} />
+      <${Histogram} bins=${data.histogram} limit=${data.ctx_len} cuts=${data.cut > 0} />
       ${data.left_out > 0 && html`<${Problem} kind="warning" text=${t("Documents in which nothing is trained and which are left out: {n}", { n: count(data.left_out) })} />`}
       ${data.thoughts_lost > 0 && html`<${Problem} kind="warning" text=${t("Conversations whose thoughts this template leaves out (template g1 keeps them): {n}", { n: count(data.thoughts_lost) })} />`}
       ${data.fault_count > 0 && html`<${Problem} kind="warning" text=${[t("Lines that cannot be read: {n}", { n: count(data.fault_count) }), ...data.faults].join("\n")} />`}
@@ -119,8 +119,8 @@ function Span({ span }) {
   return span.trained ? html`<mark>${span.text}</mark>` : html`<span>${span.text}</span>`;
 }
 
-/** Documents by their length; those that are longer than a sample stand out. */
-function Histogram({ bins, limit }) {
+/** Documents by their length; where samples are documents, those that are longer than one stand out. */
+function Histogram({ bins, limit, cuts }) {
   if (bins.length < 2) return null;
   const most = Math.max(...bins.map((bin) => bin.documents)) || 1;
   const said = bins.map((bin) => t("{a} to {b} tokens: {n} documents", { a: bin.first, b: bin.last, n: bin.documents })).join("; ");
@@ -128,6 +128,6 @@ function Histogram({ bins, limit }) {
     <figcaption class="muted">${t("Documents by their length in tokens; the context holds {n}", { n: count(limit) })}</figcaption>
     <div class="bins">${bins.map((bin) => html`<div class="bin" title=${t("{a} to {b} tokens: {n} documents", { a: bin.first, b: bin.last, n: bin.documents })}>
       <span class="muted">${bin.documents ? count(bin.documents) : ""}</span>
-      <i class=${bin.cut ? "cut" : ""} style=${{ height: `${Math.max(bin.documents ? 2 : 0, (72 * bin.documents) / most)}px` }}></i><span class="muted">≤${bin.last}</span></div>`)}</div>
+      <i class=${cuts && bin.cut ? "cut" : ""} style=${{ height: `${Math.max(bin.documents ? 2 : 0, (72 * bin.documents) / most)}px` }}></i><span class="muted">≤${bin.last}</span></div>`)}</div>
   </figure>`;
 }
