@@ -34,7 +34,15 @@ PARTS = {
     "matrix products": ("_OneDNN", "aten::mm", "aten::addmm", "aten::linear", "aten::matmul"),
     "recurrence": ("_Mix7", "_WKV", "aten::bmm", "aten::linalg_solve_triangular", "aten::cumsum"),
     "head": ("_HeadLoss",),
-    "elementwise": ("_TokenShift", "_ReluSquare", "_Gates7", "_BeforeWKV7", "_AfterWKV7", "aten::native_layer_norm"),
+    "elementwise": (
+        "_TokenShift",
+        "_ReluSquare",
+        "_Gates7",
+        "_Value7",
+        "_BeforeWKV7",
+        "_AfterWKV7",
+        "aten::native_layer_norm",
+    ),
     "optimiser": ("Optimizer.step", "aten::_foreach", "aten::linalg_vector_norm"),
 }
 """Part of a step -> beginnings of the names of the operations that are it, with all that they call."""
