@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ PROGRAM = """
 import hashlib
 
 import torch
-from rookery.ops import mix7, relu_square, token_shift, wkv5, wkv6, wkv7
+from rookery.ops import gates7, mix7, relu_square, token_shift, wkv5, wkv6, wkv7
 
 digest = hashlib.sha256()
 leaves = []
@@ -31,6 +32,7 @@ for B, T, H, N in ((1, 1, 1, 4), (2, 17, 3, 8), (1, 33, 2, 32)):
         *mix7(x(*flat), x(*flat), x(*flat), x(*flat), x(*flat), x(*flat), x(C), x(C), x(H, N), x(C), x(C), state),
         *token_shift(x(*flat), x(B, C), x(C), x(C)),
         relu_square(x(*flat)),
+        *gates7(x(*flat), x(*flat), x(*flat), x(*flat), x(*flat), x(C), x(C), x(C)),
     ]
     sum((output * output.detach()).sum() for output in outputs).backward()
     for tensor in [*outputs, *(leaf.grad for leaf in leaves)]:
@@ -53,3 +55,33 @@ def test_every_access_is_inside_its_array(tmp_path: Path) -> None:
 
 def test_loops_from_the_cache_give_the_same_bits(tmp_path: Path) -> None:
     assert digest_of_results(tmp_path) == digest_of_results(tmp_path)
+
+
+COUNT = """
+import torch
+from rookery.ops import relu_square
+from rookery.ops.pointwise_numba import relu_square as loop
+
+relu_square(torch.ones(3))
+print(sum(loop.stats.cache_hits.values()), sum(loop.stats.cache_misses.values()))
+"""
+
+
+def test_a_change_of_any_source_makes_compiled_code_stale(tmp_path: Path) -> None:
+    """Also of one that the function only calls into, which Numba itself does not look at."""
+    package = Path(__file__).parents[2] / "rookery"
+    shutil.copytree(package, tmp_path / "rookery", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def hits_and_misses() -> str:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-c", COUNT]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=True
+        )
+        return done.stdout.strip()
+
+    assert hits_and_misses() == "0 1"
+    assert hits_and_misses() == "1 0"
+    with (tmp_path / "rookery" / "ops" / "simd.py").open("a", encoding="utf-8") as source:
+        source.write("# changed\n")
+    assert hits_and_misses() == "0 1"
