@@ -88,7 +88,7 @@ def prepare_run(
         data_facts=vars(dataset.facts),
         device_facts=facts,
     )
-    _check_kernel(resolved.config)
+    resolved = _with_kernel(resolved)
     _check_agreement(ranks, str(start.checkpoint), resolved.config)
     return Preparation(start, dataset, validation, resolved._replace(notes=[*notes, *resolved.notes]))
 
@@ -115,20 +115,30 @@ def _with_devices(config: TrainConfig, origins: Origins, ranks: Ranks) -> tuple[
     return config.model_copy(update={"device": device.model_copy(update=given)}), origins
 
 
-def _check_kernel(config: TrainConfig) -> None:
-    """
+def _with_kernel(resolved: Resolved) -> Resolved:
+    """`resolved` with a back-end that can serve the run.
+
+    --fla and --op stand in the scripts of RWKV-PEFT, which run anywhere: what they name is answered where it cannot serve.
+
     Raises:
-        UserError: the back-end that is asked for cannot serve this run, with the reason.
+        UserError: the back-end that `kernel` asks for cannot serve, with the reason.
     """
+    config, origin = resolved.config, resolved.origins["kernel"]
     op = WKV7 if config.model.version == "x070" else WKV6
     device = "cpu" if config.device.accelerator == "cpu" else "cuda"
     call = Call(device, DTYPES[str(config.run.precision)], int(config.model.head_size or 0))
     try:
         op.choose(call, config.run.kernel)
     except ValueError as error:
-        raise UserError(
-            _("--kernel {kernel}: {reason}. Without it, Rookery chooses.", kernel=config.run.kernel, reason=error)
-        ) from error
+        if not origin.detail.startswith(("--fla", "--op")):
+            raise UserError(
+                _("--kernel {kernel}: {reason}. Without it, Rookery chooses.", kernel=config.run.kernel, reason=error)
+            ) from error
+        note = _("{flag}: {reason}. Rookery chooses the kernel of each call itself.", flag=origin.detail, reason=error)
+        config = config.model_copy(update={"run": config.run.model_copy(update={"kernel": "auto"})})
+        origins = {**resolved.origins, "kernel": Origin("device", device)}
+        return Resolved(config, origins, [*resolved.notes, note])
+    return resolved
 
 
 def _check_agreement(ranks: Ranks, *found: object) -> None:

@@ -312,7 +312,7 @@ def test_messages_of_several_lines_settings_and_another_answer(babbler, tmp_path
     person = Person("chat", babbler / "model.pth", "--load", "kept", cwd=tmp_path)
     person.wait_for("User: ")
     person.type("/history\n")
-    person.wait_for(r"User: one\ntwo\n\nAssistant: .*User: three\nfour")
+    person.wait_for(r"User: one\ntwo\n\nAssistant: .*User: three\nfour\n\nAssistant: .*User: ")
     person.type(person.CTRL_D)
     assert person.leaves() == 0
 

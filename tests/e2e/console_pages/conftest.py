@@ -44,8 +44,9 @@ def console(workspace) -> Iterator[ConsoleProcess]:
             console.ask("api/runs/stop", {"run": str(run)})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Not for the session: as long as it is open, its event loop runs in this thread, and no other can."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright, which drives the browser, is missing")
     if chromium() is None:
         pytest.skip("there is no Chromium on this machine")
