@@ -118,7 +118,8 @@ def _with_devices(config: TrainConfig, origins: Origins, ranks: Ranks) -> tuple[
 def _with_kernel(resolved: Resolved) -> Resolved:
     """`resolved` with a back-end that can serve the run.
 
-    --fla and --op stand in the scripts of RWKV-PEFT, which run anywhere: what they name is answered where it cannot serve.
+    --fla and --op stand in the scripts of RWKV-PEFT, which run anywhere: what they name is answered where it cannot
+    serve.
 
     Raises:
         UserError: the back-end that `kernel` asks for cannot serve, with the reason.
