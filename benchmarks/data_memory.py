@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from rookery.bench.data import MEGABYTE, corpus
-from rookery.bench.machine import record
+from rookery.bench.machine import anonymous_memory, record
 
 
 def main() -> None:
@@ -49,8 +49,8 @@ def watch(folder: Path, lines: bytes, megabytes: int) -> dict[str, Any]:
     watched, peak, seconds = psutil.Process(process.pid), 0, 0.0
     while process.poll() is None:
         try:
-            peak, seconds = max(peak, anonymous(process.pid)), sum(watched.cpu_times()[:2])
-        except (OSError, psutil.Error):
+            peak, seconds = max(peak, anonymous_memory(process.pid)), sum(watched.cpu_times()[:2])
+        except (OSError, RuntimeError, psutil.Error):  # it has ended
             break
         time.sleep(0.01)
     if process.wait():
@@ -62,14 +62,6 @@ def watch(folder: Path, lines: bytes, megabytes: int) -> dict[str, Any]:
         "peak bytes of memory": peak,
         "CPU seconds": round(seconds, 2),
     }
-
-
-def anonymous(process: int) -> int:
-    """Bytes of memory that are no mapped file."""
-    for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 if __name__ == "__main__":

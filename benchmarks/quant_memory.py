@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rookery.bench.machine import anonymous_memory
 from rookery.cli.doctor import processor
 from rookery.config import rules
 from rookery.config.memory import Plan, estimate
@@ -84,23 +85,16 @@ class Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.ended = threading.Event()
-        self.before = self.peak = self.now()
-
-    @staticmethod
-    def now() -> int:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("RssAnon"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError("no RssAnon: Linux only")
+        self.before = self.peak = anonymous_memory()
 
     def run(self) -> None:
         while not self.ended.wait(0.002):
-            self.peak = max(self.peak, self.now())
+            self.peak = max(self.peak, anonymous_memory())
 
     def stop(self) -> dict[str, int]:
         self.ended.set()
         self.join()
-        return {"after": self.now() - self.before, "peak": self.peak - self.before}
+        return {"after": anonymous_memory() - self.before, "peak": self.peak - self.before}
 
 
 def build(kind: Kind | None, file: Path, pipe: Any) -> None:

@@ -87,6 +87,20 @@ def _windows_memory() -> int:
     return int(status.total)
 
 
+def anonymous_memory(process: int | None = None) -> int:
+    """Bytes of memory that are no mapped file, of a process, or of this one.
+
+    Raises:
+        RuntimeError: the system does not tell; Linux does.
+        OSError: there is no such process.
+    """
+    file = Path("/proc") / str(process or "self") / "status"
+    for line in file.read_text(encoding="utf-8").splitlines() if sys.platform == "linux" else ():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no RssAnon: Linux only")
+
+
 def version(package: str) -> str | None:
     """Version of an installed package, or None."""
     try:

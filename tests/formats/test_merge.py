@@ -278,13 +278,9 @@ class TestRefusals:
 
 MEASURE = """
 import json, sys, threading, time
+from rookery.bench.machine import anonymous_memory as anonymous
 from rookery.formats import merge
 base, adapter, out, small = sys.argv[1:]
-
-def anonymous():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
 
 def watch():
     while not done.is_set():

@@ -110,10 +110,10 @@ def test_a_sequence_gets_the_same_bits_alone_beside_others_in_pieces_and_on_thre
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "miss"])
-def test_an_adapter_is_packed_with_the_model(larger, method) -> None:
-    model = copy.deepcopy(larger)
-    base, _slots = walk(CPU7Form(model), TOKENS)
+def adapter_beside_packed(model, packed_form, method: str) -> None:
+    """Packing merges an adapter as the module applies it."""
+    model = copy.deepcopy(model)
+    base, _slots = walk(packed_form(model), TOKENS)
     attach(model, AdapterConfig(method, r=8, alpha=16))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -121,9 +121,14 @@ def test_an_adapter_is_packed_with_the_model(larger, method) -> None:
             if ".adapters." in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     plain, _slots = walk(PlainForm(model.eval()), TOKENS, (12,))
-    packed, _slots = walk(CPU7Form(model), TOKENS)
+    packed, _slots = walk(packed_form(model), TOKENS)
     torch.testing.assert_close(packed, plain, rtol=1e-3, atol=1e-3)
     assert (packed - base).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "miss"])
+def test_an_adapter_is_packed_with_the_model(larger, method) -> None:
+    adapter_beside_packed(larger, CPU7Form, method)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
@@ -196,18 +201,7 @@ def test_older_generations_with_smaller_weights(older) -> None:
 
 
 def test_an_adapter_is_packed_with_an_older_model(older) -> None:
-    model = copy.deepcopy(older)
-    base, _slots = walk(PackedForm(model), TOKENS)
-    attach(model, AdapterConfig("lora", r=8, alpha=16))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".adapters." in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    plain, _slots = walk(PlainForm(model.eval()), TOKENS, (12,))
-    packed, _slots = walk(PackedForm(model), TOKENS)
-    torch.testing.assert_close(packed, plain, rtol=1e-3, atol=1e-3)
-    assert (packed - base).abs().max() > 0.1
+    adapter_beside_packed(older, PackedForm, "lora")
 
 
 def test_what_cannot_be_packed_runs_plainly() -> None:

@@ -28,7 +28,7 @@ from rookery.train.precision import DTYPES
 from rookery.train.ranks import Ranks, joined
 from rookery.train.run import language_loss
 from rookery.train.schedule import Schedule
-from rookery.train.strategies import create_engine
+from rookery.train.strategies import Engine, create_engine
 
 STEPS, SAVED, ACCUMULATE, PER_RANK = 20, 10, 2, 2
 SCHEDULE = Schedule(1e-3, 1e-4, 3, 32, 640, 100, 1, weight_decay=0.1)
@@ -104,16 +104,21 @@ def exact_dtype(strategy: str) -> torch.dtype:
     return torch.float32 if strategy.startswith("deepspeed") else torch.float64
 
 
-def train_all(strategy: str, folder: Path, ranks: Ranks) -> list[list[float]]:
-    """All weights; leaves a checkpoint of the middle and the weights of the end in `folder`."""
-    dtype = exact_dtype(strategy)
-    engine = engine_of(tiny_model(dtype), dtype, strategy, ranks)
-    seen = train(engine, ranks, range(SAVED))
+def save(engine: Engine, folder: Path, ranks: Ranks) -> None:
+    """A checkpoint in a new folder."""
     if ranks.main:
         folder.mkdir()
     ranks.barrier()
     engine.save(folder)
     ranks.barrier()
+
+
+def train_all(strategy: str, folder: Path, ranks: Ranks) -> list[list[float]]:
+    """All weights; leaves a checkpoint of the middle and the weights of the end in `folder`."""
+    dtype = exact_dtype(strategy)
+    engine = engine_of(tiny_model(dtype), dtype, strategy, ranks)
+    seen = train(engine, ranks, range(SAVED))
+    save(engine, folder, ranks)
     seen += train(engine, ranks, range(SAVED, STEPS))
     tensors = engine.trained_weights()
     if ranks.main:
@@ -164,11 +169,7 @@ def lean(strategy: str, folder: Path, ranks: Ranks) -> dict[str, list[list[float
     """With moments in 8 bits and bf16 weights without masters: what is seen without a break, and after a checkpoint."""
     engine = engine_of(tiny_model(), torch.bfloat16, strategy, ranks, lean=True)
     seen = train(engine, ranks, range(SAVED))
-    if ranks.main:
-        folder.mkdir()
-    ranks.barrier()
-    engine.save(folder)
-    ranks.barrier()
+    save(engine, folder, ranks)
     rest = train(engine, ranks, range(SAVED, STEPS))
     model = tiny_model()
     for p in model.parameters():

@@ -6,11 +6,7 @@ gradients of the parts are rounded to 8 bits before they are added up: measured 
 """
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +16,7 @@ import torch
 from context_worker import CASES, PAUSE, computed, peak_bytes, trained, validated
 from model_pieces import assert_equal
 from safetensors.torch import load_file
+from two_ranks import run_two_ranks
 
 import rookery.train
 from rookery.config.memory import Plan, estimate
@@ -33,29 +30,8 @@ STRATEGIES = ("ddp", "fsdp", *(("deepspeed_stage_2", "deepspeed_stage_3") if fin
 def pair(tmp_path_factory):
     """What two ranks found: tensors of each case, and everything else."""
     folder = tmp_path_factory.mktemp("context")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    tests = Path(__file__).parent
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{tests.parents[1]}{os.pathsep}{tests}",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tests / "context_worker.py"), str(folder), *STRATEGIES],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return load_file(folder / "cases.safetensors"), json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    found = run_two_ranks("context_worker.py", folder, STRATEGIES)
+    return load_file(folder / "cases.safetensors"), found
 
 
 def tolerance(name: str) -> float:

@@ -4,13 +4,7 @@ In fp64 only the order of sums differs between one device and two, 1e-16 of each
 allowed leaves room for other processors. DeepSpeed has fp32 only, where the same is 1e-7 of each and 1e-5 is allowed.
 """
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +20,7 @@ from strategy_worker import (
     saved_by,
     train_all,
 )
+from two_ranks import run_two_ranks
 
 from rookery.formats import read_weights
 from rookery.train.ranks import ALONE
@@ -55,29 +50,7 @@ def single(tmp_path_factory):
 def pair(single):
     """What two ranks found under each strategy."""
     folder, _losses = single
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    tests = Path(__file__).parent
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{tests.parents[1]}{os.pathsep}{tests}",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tests / "strategy_worker.py"), str(folder), *STRATEGIES],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    return json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    return run_two_ranks("strategy_worker.py", folder, STRATEGIES)
 
 
 def same(found, expected, close):
