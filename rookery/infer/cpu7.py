@@ -1,8 +1,8 @@
 """RWKV-7 on a CPU: weights packed for the loops of `rookery.ops.decode7_numba` and `prefill7_numba`.
 
-Decoding reads the weights as they lie in memory (fp32, bf16, or int8 with a scale for each row) and computes in fp32.
-Reading a prompt multiplies whole pieces with oneDNN, in bf16 where weights are bf16 or int8 and the processor has such
-products, else in fp32. What lies between is fp32 in both.
+Decoding reads the weights (fp32, bf16, or int8 with a scale for each row; see `rookery.infer.matrix`) and computes in
+fp32. Reading a prompt multiplies whole pieces with oneDNN, in bf16 where weights are bf16 or int8 and the processor has
+such products, else in fp32. What lies between is fp32 in both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rookery.infer.matrix import KINDS, Matrix, fast_bf16, refused, whole
+from rookery.infer.matrix import KINDS, Matrix, fast_bf16, narrow_fits, refused, whole
 from rookery.models import Model, ModelShape, State
 
 _one_at_a_time = threading.Lock()
@@ -58,8 +58,9 @@ class CPU7Form:
         self.name = f"cpu7 {str(dtype).removeprefix('torch.')}"
         self._compute = torch.bfloat16 if dtype != torch.float32 and fast_bf16() else torch.float32
         low = torch.bfloat16 if dtype == torch.int8 else dtype
-        self._layers = [_Layer(block, dtype, low) for block in model.blocks]
-        self._head = Matrix.of(whole(model.head), dtype)
+        narrow = narrow_fits(model)
+        self._layers = [_Layer(block, dtype, low, narrow) for block in model.blocks]
+        self._head = Matrix.of(whole(model.head), dtype, narrow)
         self._emb = model.emb.weight.detach()
         self._entrance = model.blocks[0].ln0
         self._ends = _stacked(model.ln_out.weight, model.ln_out.bias)
@@ -82,20 +83,20 @@ class CPU7Form:
         return state
 
     def head(self, hidden: Tensor) -> Tensor:
-        from rookery.ops import decode7_numba
+        from rookery.ops import products_numba
         from rookery.ops.jit import share_out, static
 
         logits = torch.empty(len(hidden), self.shape.vocab_size)
         arrays = (self._head_entry, hidden.contiguous().numpy(), logits.numpy())
-        share_out(decode7_numba.rows_of_product, -(-self.shape.vocab_size // 64), static(self._kinds[2]), *arrays)
+        share_out(products_numba.rows_of_product, -(-self.shape.vocab_size // 64), static(self._kinds[2]), *arrays)
         return logits
 
     def step(self, slots: State, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        from rookery.ops import decode7_numba
+        from rookery.ops import decode7_numba, products_numba
         from rookery.ops.jit import share_out, static
 
         B, C = len(rows), self.shape.n_embd
-        widest = int(self._matrices[:, decode7_numba.W1 :, decode7_numba.ROWS].max())
+        widest = int(self._matrices[:, decode7_numba.W1 :, products_numba.ROWS].max())
         x = self._embed(tokens)
         room = [
             torch.empty(size)
@@ -171,17 +172,17 @@ class CPU7Form:
 class _Layer:
     """The weights of a block."""
 
-    def __init__(self, block: Any, dtype: torch.dtype, low: torch.dtype) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype, low: torch.dtype, narrow: bool) -> None:
         att, ffn = block.att, block.ffn
         big = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
-        self.matrices = [Matrix.of(whole(module), dtype) for module in big]
+        self.matrices = [Matrix.of(whole(module), dtype, narrow) for module in big]
         for x in "wavg":
             down, up = att.get_parameter(f"{x}1").T, att.get_parameter(f"{x}2").T
             # The compiled code takes 16 numbers at a time; ranks are multiples of it in all models of some size.
             missing = -len(down) % 16
             down = torch.nn.functional.pad(down, (0, 0, 0, missing))
             up = torch.nn.functional.pad(up, (0, missing))
-            self.matrices += [Matrix.of(down, low), Matrix.of(up, low)]
+            self.matrices += [Matrix.of(down, low, narrow), Matrix.of(up, low, narrow)]
         self.receptance, self.key, self.value, self.output, self.ffn_key, self.ffn_value = self.matrices[:6]
         self.w1, self.w2, self.a1, self.a2, self.v1, self.v2, self.g1, self.g2 = self.matrices[6:]
         self.mixes = _stacked(att.x_r, att.x_w, att.x_k, att.x_v, att.x_a, att.x_g)

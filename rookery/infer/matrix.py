@@ -1,21 +1,24 @@
 """Weights of matrices for inference on a CPU: fp32, bf16, or int8 with a scale for each row, computed with in fp32.
 
-One row or a few are multiplied by the compiled loops of `rookery.ops.decode7_numba`, which read the weights as they lie
-in memory; many by oneDNN.
+One row or a few are multiplied by the compiled loops of `rookery.ops.products_numba`, as fast as the weights come from
+memory; many by oneDNN. For the former, bf16 weights have a second, narrow form of 12 bits a number: the exponents of a
+row differ so little that 4 bits tell them, and the few numbers that are too small for that are listed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
 from rookery.adapters import Method
 from rookery.models import Model
 from rookery.ops.linear import Linear
-from rookery.ops.native import numba_installed
+from rookery.ops.native import array_of, numba_installed
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """Number of each format of weights in the compiled code."""
@@ -28,6 +31,12 @@ FEW = 32
 
 PIECE = 64
 """Rows of a weight that `rows_of_product` calls a piece of work."""
+
+LISTED = 100
+"""One weight in as many may be listed beside a narrow form; of normally distributed ones it is one in 10,000."""
+
+MOST_EXPONENT = 126
+"""Of a power of two that is a normal fp32 number and a row's scale."""
 
 WORTH_SHARING = 1 << 17
 """Elements of a weight from which on a second thread saves more than it costs."""
@@ -44,19 +53,70 @@ def refused(model: Model) -> str | None:
     return None
 
 
+def narrow_fits(model: Model) -> bool:
+    """Whether narrow forms of all weights of `model` take at most half of the memory that is free."""
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    return numbers * 3 // 2 <= psutil.virtual_memory().available // 2
+
+
+class Narrow(NamedTuple):
+    """bf16 weights (out, in) in 12 bits a number (see `rookery.ops.products_numba.narrow`).
+
+    Attributes:
+        codes: (out / 4, in / 32, 192) uint8.
+        bases: (out) fp32, what codes of each row are multiplied by.
+        bounds, places, values: (out + 1) int32, (n) int32, (n) fp32: columns and numbers beside the codes.
+    """
+
+    codes: Tensor
+    bases: Tensor
+    bounds: Tensor
+    places: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Narrow | None:
+        """The narrow form of bf16 weights; None where it does not fit their shape or is not worth it."""
+        from rookery.ops import products_numba as loops
+        from rookery.ops.jit import share_out
+
+        rows, size = weight.shape
+        if rows % loops.GROUP or size % loops.BLOCK:
+            return None
+        bits = array_of(weight)
+        bases, others = np.empty((2, rows), np.int32)
+        share_out(loops.measure, rows, bits, bases, others)
+        listed = int(others.sum())
+        if listed * LISTED > weight.numel() or bases.max() > loops.SPREAD + MOST_EXPONENT:
+            return None
+        bounds = np.concatenate([np.zeros(1, np.int32), others.cumsum(dtype=np.int32)])
+        codes = np.empty((rows // loops.GROUP, size // loops.BLOCK, loops.GROUP * loops.BLOCK * 3 // 2), np.uint8)
+        places, values = np.empty(listed, np.int32), np.empty(listed, np.uint16)
+        share_out(loops.narrow, len(codes), bits, bases, bounds, codes, places, values)
+        scales = np.ldexp(np.float32(1), bases - loops.SPREAD)
+        numbers = torch.from_numpy(values).view(torch.bfloat16).float()
+        return cls._make(torch.from_numpy(part) for part in (codes, scales, bounds, places, numbers.numpy()))
+
+
 @dataclass
 class Matrix:
     """A weight (out, in), contiguous; int8 ones have a scale for each row, (out) fp32."""
 
     data: Tensor
     scales: Tensor | None = None
+    narrow: Narrow | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype) -> Matrix:
-        """`weight` in another format; it is shared, not copied, where it has that already."""
+    def of(cls, weight: Tensor, dtype: torch.dtype, narrow: bool = False) -> Matrix:
+        """`weight` in another format; it is shared, not copied, where it has that already.
+
+        Args:
+            narrow: whether bf16 weights get a narrow form too, where it is worth it.
+        """
         weight = weight.detach()
         if dtype != torch.int8:
-            return cls(weight.to(dtype).contiguous())
+            data = weight.to(dtype).contiguous()
+            return cls(data, narrow=Narrow.of(data) if narrow and dtype == torch.bfloat16 else None)
         data = torch.empty(weight.shape, dtype=torch.int8)
         scales = torch.empty(len(weight))
         for rows in torch.arange(len(weight)).split(4096):
@@ -73,7 +133,8 @@ class Matrix:
         """What the compiled code is told of it."""
         rows, size = self.data.shape
         scales = self.scales.data_ptr() if self.scales is not None else 0
-        return [self.data.data_ptr(), rows, size, size * self.data.element_size(), scales]
+        narrow = [part.data_ptr() for part in self.narrow] if self.narrow else [0] * len(Narrow._fields)
+        return [self.data.data_ptr(), rows, size, size * self.data.element_size(), scales, *narrow]
 
     def product(self, x: Tensor) -> Tensor:
         """x (T, in) times the weight's transpose, in the dtype of `x`."""
@@ -95,11 +156,12 @@ class PackedLinear(nn.Module):
 
     Args:
         dtype: of the weight: fp32, bf16 or int8.
+        narrow: whether a bf16 weight gets a narrow form.
     """
 
-    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: Linear, dtype: torch.dtype, narrow: bool) -> None:
         super().__init__()
-        self.matrix = Matrix.of(whole(linear), dtype)
+        self.matrix = Matrix.of(whole(linear), dtype, narrow)
         self._entry = np.array(self.matrix.entry(), np.int64)
         self._compute = torch.bfloat16 if dtype != torch.float32 and fast_bf16() else torch.float32
 
@@ -113,16 +175,16 @@ class PackedLinear(nn.Module):
         return self.matrix.product(x.to(self._compute)).float()
 
     def _few(self, x: Tensor) -> Tensor:
-        from rookery.ops import decode7_numba
+        from rookery.ops import products_numba
         from rookery.ops.jit import share_out, static
 
         y = torch.empty(len(x), len(self.matrix.data))
         arrays = (static(self.matrix.kind), self._entry, x.numpy(), y.numpy())
         pieces = -(-y.shape[1] // PIECE)
         if torch.get_num_threads() == 1 or self.matrix.data.numel() < WORTH_SHARING:
-            decode7_numba.rows_of_product(0, pieces, *arrays)
+            products_numba.rows_of_product(0, pieces, *arrays)
         else:
-            share_out(decode7_numba.rows_of_product, pieces, *arrays)
+            share_out(products_numba.rows_of_product, pieces, *arrays)
         return y
 
 

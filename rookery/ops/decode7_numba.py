@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from rookery.ops.jit import function, inner, outer
-from rookery.ops.simd import exp, fma, load, positive, splat, store, tile, total, zeros
+from rookery.ops.jit import inner, outer
+from rookery.ops.products_numba import ROWS, at, product
+from rookery.ops.simd import exp, fma, load, positive, splat, store, total, zeros
 from rookery.ops.threads_numba import wait
 from rookery.ops.wkv7_native import LOG_DECAY_SCALE
-
-ADDRESS, ROWS, SIZE, STRIDE, SCALES = range(5)
-"""Columns of a table of matrices: address, rows, numbers in a row, bytes from row to row, address of rows' scales."""
 
 RECEPTANCE, KEY, VALUE, OUTPUT, FFN_KEY, FFN_VALUE, W1, W2, A1, A2, V1, V2, G1, G2 = range(14)
 """Matrices of a layer, each (out, in)."""
@@ -27,10 +25,6 @@ X_R, X_W, X_K, X_V, X_A, X_G, W0, A0, V0, K_K, K_A, R_K = range(12)
 LN_X, LN_X_BIAS, LN1, LN1_BIAS, LN2, LN2_BIAS, FFN_X = range(12, 19)
 """Vectors of a layer, each C numbers."""
 
-FOUR, TWO, ONE = (None,) * 4, (None,) * 2, (None,)
-PAGE = 4096
-"""Bytes of a row beyond which two rows at a time come from memory a third faster than four."""
-
 SCALE = np.float32(LOG_DECAY_SCALE)
 LN_EPS = np.float32(1e-5)
 NORM_EPS = np.float32(1e-12)
@@ -38,43 +32,9 @@ FLOAT_ONE = np.float32(1)
 
 
 @inner
-def at(array):
-    return np.int64(array.ctypes.data)
-
-
-@inner
 def sigmoid(x):
     one = splat(FLOAT_ONE)
     return one / (one + exp(zeros() - x))
-
-
-@function
-def products(kind, unit, matrix, first, last, x, y):
-    """`product`, `static(unit)` rows at a time."""
-    weights, size, stride, scales = matrix[ADDRESS], matrix[SIZE], matrix[STRIDE], matrix[SCALES]
-    B, x_stride, y_stride = x.shape[0], np.int64(x.strides[0]), np.int64(y.strides[0])
-    R = len(unit)
-    for o in range(first, last - R + 1, R):
-        w, s = weights + o * stride, scales + 4 * o
-        for b in range(0, B - 3, 4):
-            xb, yb = at(x) + b * x_stride, at(y) + b * y_stride + 4 * o
-            tile(kind, unit, FOUR, w, stride, s, size, xb, x_stride, yb, y_stride)
-        for b in range(B // 4 * 4, B):
-            xb, yb = at(x) + b * x_stride, at(y) + b * y_stride + 4 * o
-            tile(kind, unit, ONE, w, stride, s, size, xb, x_stride, yb, y_stride)
-    for o in range(first + (last - first) // R * R, last):
-        for b in range(B):
-            xb, yb = at(x) + b * x_stride, at(y) + b * y_stride + 4 * o
-            tile(kind, ONE, ONE, weights + o * stride, stride, scales + 4 * o, size, xb, x_stride, yb, y_stride)
-
-
-@inner
-def product(kind, matrix, first, last, x, y):
-    """y[b, o] = sum_i W[o, i] x[b, i] for rows first..last-1 of W; x (B, in), y (B, out)."""
-    if matrix[STRIDE] > PAGE and x.shape[0] < 4:
-        products(kind, TWO, matrix, first, last, x, y)
-    else:
-        products(kind, FOUR, matrix, first, last, x, y)
 
 
 @inner
@@ -223,7 +183,8 @@ def step(
         part, parts: which share of the work this call does.
         kind, low_kind, head_kind: `static(k)`, the number format of the big matrices, the low-rank ones, the head.
         size: `static(N // 16)`.
-        matrices: (L, 14, 5) int64. head: (5) int64. vectors: (L, 19, C). ends: (2, C), weight and bias of ln_out.
+        matrices: (L, 14, columns of a table) int64. head: (columns of a table) int64.
+        vectors: (L, 19, C). ends: (2, C), weight and bias of ln_out.
         rows: (B) int64, the slots of the sequences.
         att_shift, ffn_shift: (L, S, C); wkv: (L, S, H, N, N), [value, key]; S slots.
         x: (B, C), what enters the first block; changed.
@@ -304,9 +265,3 @@ def step(
     wait(meeting, parts)
     begin, end = share(part, parts, head[ROWS], 4)
     product(head_kind, head, begin, end, normal, logits)
-
-
-@outer
-def rows_of_product(first, last, kind, matrix, x, y):
-    """A piece of work is 64 rows of the matrix."""
-    product(kind, matrix, 64 * first, min(64 * last, matrix[ROWS]), x, y)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from rookery.ops.decode7_numba import advance, at, finish, layer_norm, prepare, squashed, take_value
+from rookery.ops.decode7_numba import advance, finish, layer_norm, prepare, squashed, take_value
 from rookery.ops.jit import inner, outer
-from rookery.ops.simd import fma, load, load_as, positive, store, store_as
-
-BYTES = (4, 2)
+from rookery.ops.products_numba import at
+from rookery.ops.simd import BYTES, fma, load, load_as, positive, store, store_as
 
 
 @inner

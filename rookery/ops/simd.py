@@ -90,10 +90,7 @@ BYTES = (4, 2, 1)
 """Bytes of a number of each kind."""
 
 LINE = 64
-AHEAD = 4096
-"""Bytes of a cache line, and how far ahead of their use bf16 and int8 weights are called for. By itself the processor
-gets 22 and 19 GB/s from memory that gives 33 to 40 this way (one core of a Zen 5, shared); fp32 rows need no help.
-"""
+"""Bytes of a cache line."""
 
 
 def of_llvm(builder: ir.IRBuilder, name: str, *args: Any) -> Any:
@@ -286,67 +283,3 @@ def halves(builder: ir.IRBuilder, value: Any) -> list[Any]:
         )
         for start in (0, half)
     ]
-
-
-@intrinsic
-def tile(typing, kind, rows, columns, weights, weight_stride, scales, size, inputs, input_stride, out, out_stride):
-    """Products of R rows of weights with B rows of inputs, written to `out`: B rows of R numbers.
-
-    Each sum is taken alike, whatever R and B: 16 partial sums over every sixteenth number, then `total`.
-
-    Args:
-        kind: `static(k)`, k an index of READERS, of the weights.
-        rows, columns: `static(R)`, `static(B)`.
-        weights, inputs, out: addresses; inputs and out are fp32.
-        weight_stride, input_stride, out_stride: bytes from row to row.
-        scales: address of R fp32 numbers by which the rows of int8 weights are multiplied; unused for other kinds.
-        size: numbers in a row, a multiple of 16.
-    """
-    k, R, B = (len(t) for t in (kind, rows, columns))
-    width = BYTES[k]
-
-    def code(context, builder, signature, args):
-        _kind, _rows, _columns, weights, weight_stride, scales, size, inputs, input_stride, out, out_stride = args
-        word, number = ir.IntType(64), ir.FloatType()
-
-        def at(address: Any, n: int, stride: Any) -> Any:
-            return builder.add(address, builder.mul(stride, word(n)))
-
-        w = [at(weights, r, weight_stride) for r in range(R)]
-        x = [at(inputs, b, input_stride) for b in range(B)]
-        sums = [[cgutils.alloca_once_value(builder, fill(number, 0.0)) for _b in x] for _r in w]
-
-        def advance(i: Any) -> None:
-            at_w, at_x = builder.mul(i, word(width)), builder.mul(i, word(4))
-            values = [read_f32(builder, builder.add(address, at_x)) for address in x]
-            for r in range(R):
-                weight = READERS[k](builder, builder.add(w[r], at_w))
-                for b in range(B):
-                    builder.store(fma_(builder, weight, values[b], builder.load(sums[r][b])), sums[r][b])
-
-        # A line of each row at a time, while the one needed AHEAD bytes later is called for. Past the end of a row,
-        # that is one of the row R rows later.
-        block = LINE // width
-        whole = builder.and_(size, word(-block))
-        with cgutils.for_range_slice(builder, word(0), whole, word(block), intp=word) as (i, _count):
-            if width < 4:
-                ahead = builder.add(builder.mul(i, word(width)), word(AHEAD))
-                beyond = builder.icmp_signed(">=", ahead, builder.mul(size, word(width)))
-                skipped = builder.select(beyond, builder.mul(weight_stride, word(R - 1)), word(0))
-                for address in w:
-                    prefetch(builder, builder.add(builder.add(address, ahead), skipped))
-            for part in range(0, block, WIDTH):
-                advance(builder.add(i, word(part)))
-        with cgutils.for_range_slice(builder, whole, size, word(WIDTH), intp=word) as (i, _count):
-            advance(i)
-        for r in range(R):
-            for b in range(B):
-                value = total_(builder, builder.load(sums[r][b]))
-                if width == 1:
-                    scale = builder.load(pointer(builder, builder.add(scales, word(4 * r)), number), align=4)
-                    value = builder.fmul(value, scale)
-                place = builder.add(at(out, b, out_stride), word(4 * r))
-                builder.store(value, pointer(builder, place, number), align=4)
-        return context.get_dummy_value()
-
-    return types.void(kind, rows, columns, *(types.int64,) * 8), code
