@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rookery.infer.matrix import KINDS, Matrix, fast_bf16, narrow_fits, refused, whole
+from rookery.infer.matrix import KINDS, Matrix, Room, fast_bf16, refused, whole
 from rookery.models import Model, ModelShape, State
 
 _one_at_a_time = threading.Lock()
@@ -58,9 +58,9 @@ class CPU7Form:
         self.name = f"cpu7 {str(dtype).removeprefix('torch.')}"
         self._compute = torch.bfloat16 if dtype != torch.float32 and fast_bf16() else torch.float32
         low = torch.bfloat16 if dtype == torch.int8 else dtype
-        narrow = narrow_fits(model)
-        self._layers = [_Layer(block, dtype, low, narrow) for block in model.blocks]
-        self._head = Matrix.of(whole(model.head), dtype, narrow)
+        room = Room(model)
+        self._layers = [_Layer(block, dtype, low, room) for block in model.blocks]
+        self._head = Matrix.of(whole(model.head), dtype, room)
         self._emb = model.emb.weight.detach()
         self._entrance = model.blocks[0].ln0
         self._ends = _stacked(model.ln_out.weight, model.ln_out.bias)
@@ -145,11 +145,11 @@ class CPU7Form:
             g = layer.g2.product(squashed(layer.g1.product(xg), False))
             gate = v if v_first is None else layer.v2.product(layer.v1.product(xv))
             y = torch.empty_like(r)
-            arrays = [_array(t) for t in (r, k, v, w, a, gate, g, v if v_first is None else v_first)]
+            arrays = [_array(t) for t in (r, k, v, w, a, gate, v if v_first is None else v_first, g)]
             state = slots.wkv[number, slot].numpy()
             share_out(
-                prefill7_numba.read, self.shape.n_head, kind, size, v_first is None, *arrays, layer.vectors, state,
-                _array(y), self._eps,
+                prefill7_numba.read, self.shape.n_head, kind, size, static(self.shape.head_size), v_first is None,
+                *arrays, layer.vectors, state, _array(y), self._eps,
             )  # fmt: skip
             v_first = v if v_first is None else v_first
             added = layer.output.product(y)
@@ -172,17 +172,17 @@ class CPU7Form:
 class _Layer:
     """The weights of a block."""
 
-    def __init__(self, block: Any, dtype: torch.dtype, low: torch.dtype, narrow: bool) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype, low: torch.dtype, room: Room) -> None:
         att, ffn = block.att, block.ffn
         big = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
-        self.matrices = [Matrix.of(whole(module), dtype, narrow) for module in big]
+        self.matrices = [Matrix.of(whole(module), dtype, room) for module in big]
         for x in "wavg":
             down, up = att.get_parameter(f"{x}1").T, att.get_parameter(f"{x}2").T
             # The compiled code takes 16 numbers at a time; ranks are multiples of it in all models of some size.
             missing = -len(down) % 16
             down = torch.nn.functional.pad(down, (0, 0, 0, missing))
             up = torch.nn.functional.pad(up, (0, missing))
-            self.matrices += [Matrix.of(down, low, narrow), Matrix.of(up, low, narrow)]
+            self.matrices += [Matrix.of(down, low, room), Matrix.of(up, low, room)]
         self.receptance, self.key, self.value, self.output, self.ffn_key, self.ffn_value = self.matrices[:6]
         self.w1, self.w2, self.a1, self.a2, self.v1, self.v2, self.g1, self.g2 = self.matrices[6:]
         self.mixes = _stacked(att.x_r, att.x_w, att.x_k, att.x_v, att.x_a, att.x_g)

@@ -19,7 +19,7 @@ from rookery.adapters import enable
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.infer.cpu7 import CPU7Form, refuses
-from rookery.infer.matrix import UNIT, PackedLinear, WideEmbedding, narrow_fits, refused
+from rookery.infer.matrix import UNIT, PackedLinear, Room, WideEmbedding, refused
 from rookery.models import Model, ModelShape, Parts, State
 from rookery.ops.backend import exact_dtype
 from rookery.ops.linear import Linear
@@ -140,12 +140,12 @@ class PackedForm(PlainForm):
         if reason:
             raise ValueError(reason)
         self.packed_dtype = dtype or model.emb.weight.dtype
-        narrow = narrow_fits(model)
+        room = Room(model)
         # `deepcopy` takes what its memo holds in the place of a copy.
         stands_for: dict[int, object] = {id(model.emb): WideEmbedding(model.emb)}
         for module in model.modules():
             if isinstance(module, Linear):
-                stands_for[id(module)] = PackedLinear(module, self.packed_dtype, narrow)
+                stands_for[id(module)] = PackedLinear(module, self.packed_dtype, room)
         module = copy.deepcopy(model, stands_for).float().requires_grad_(False)
         super().__init__(module)
         self.model = model

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from rookery.ops.decode7_numba import advance, finish, layer_norm, prepare, squashed, take_value
+from rookery.ops.decode7_numba import finish, layer_norm, prepare, squashed, take_value
 from rookery.ops.jit import inner, outer
 from rookery.ops.products_numba import at
+from rookery.ops.rows_numba import room
 from rookery.ops.simd import BYTES, fma, load, load_as, positive, store, store_as
+from rookery.ops.wkv7_numba import CHUNK, ROWS, A, B, D, K, R, V, Y, step, weighted_rows
 
 
 @inner
@@ -76,37 +78,75 @@ def squash(first, last, kind, x, is_tanh):
             store_as(kind, o, squashed(load_as(kind, o), is_tanh))
 
 
+@inner
+def enter(kind, size, is_first, t, begin, sources, p, x, token, local):
+    """What the recurrence takes of a token, into its rows of a chunk."""
+    N = 16 * len(size)
+    number = BYTES[len(kind)]
+    base = at(x) + 4 * token
+    places = (
+        base + 4 * R * N,
+        base + 4 * K * N,
+        base + 4 * V * N,
+        base + 4 * D * N,
+        local,
+        local + 4 * N,
+        local + 8 * N,
+    )
+    for n in range(len(places)):
+        if is_first and n > 4:
+            continue
+        source = at(sources[n][t]) + number * begin
+        for j in range(0, N, 16):
+            store(places[n] + 4 * j, load_as(kind, source + number * j))
+    if not is_first:
+        take_value(places[2], places[5], places[6], p, size)
+    prepare(places[3], places[4], places[1], p, base + 4 * A * N, base + 4 * B * N, size)
+
+
 @outer
-def read(first, last, kind, size, is_first, r, k, v, w, a, gate, g, v_first, vectors, S, out, eps64):
+def read(first, last, kind, size, head_size, is_first, r, k, v, w, a, gate, v_first, g, vectors, S, out, eps64):
     """The recurrence with all around it that stays inside a head. A piece of work is a head.
 
     Args:
+        size, head_size: `static(N // 16)` and `static(N)`.
         is_first: whether this is the first layer, which gives its values to the others.
-        r, k, v, w, a, gate, g, v_first: (T, C) of the kind; gate and v_first are not read in the first layer.
+        r, k, v, w, a, gate, v_first, g: (T, C) of the kind; gate and v_first are not read in the first layer.
         vectors: (19, C), as in `decode7_numba`.
         S: (H, N, N), [value, key]; advanced. out: (T, C) of the kind.
     """
-    N = 16 * len(size)
+    N, T = 16 * len(size), len(r)
     number = BYTES[len(kind)]
     eps = np.float32(eps64)
-    local = np.empty((11, N), np.float32)
-    places = at(local) + 4 * N * np.arange(11)
-    lr, lk, lv, lw, la, lgate, lg, lfirst, removal, addition, ly = places
+    token = ROWS * N
+    # A chunk of tokens and the one after it: a step takes what the next one multiplies the state with.
+    x = room(S[0, 0], (CHUNK + 1) * token)
+    state, local = room(S[0, 0], N * N), room(S[0, 0], 3 * N)
     p = np.empty(len(vectors), np.int64)
+    sources = (r, k, v, w, a, gate, v_first)
     for head in range(first, last):
+        begin = N * head
         for n in range(len(p)):
-            p[n] = at(vectors[n]) + 4 * N * head
-        for t in range(len(r)):
-            begin = number * N * head
-            for n, source in enumerate((r, k, v, w, a, gate, g, v_first)):
-                if is_first and (n == 5 or n == 7):
-                    continue
-                for j in range(0, N, 16):
-                    store(places[n] + 4 * j, load_as(kind, at(source[t]) + begin + number * j))
-            if not is_first:
-                take_value(lv, lgate, lfirst, p, size)
-            prepare(lw, la, lk, p, removal, addition, size)
-            advance(at(S[head]), lr, lw, lk, local[2], removal, addition, local[10], size)
-            finish(ly, lr, lk, lv, lg, p, eps, size)
+            p[n] = at(vectors[n]) + 4 * begin
+        for i in range(N):
+            for j in range(N):
+                state[N * i + j] = S[head, j, i]
+        enter(kind, size, is_first, 0, begin, sources, p, x, 0, at(local))
+        weighted_rows(head_size, state, x, 0)
+        for t in range(T):
+            here = t % CHUNK * token
+            if here == 0 and t:
+                x[:token] = x[CHUNK * token :]
+            if t + 1 < T:
+                enter(kind, size, is_first, t + 1, begin, sources, p, x, here + token, at(local))
+            step(head_size, state, x, here)
+            base = at(x) + 4 * here
             for j in range(0, N, 16):
-                store_as(kind, at(out[t]) + begin + number * j, load(ly + 4 * j))
+                store(at(local) + 4 * j, load_as(kind, at(g[t]) + number * (begin + j)))
+            y = base + 4 * Y * N
+            finish(y, base + 4 * R * N, base + 4 * K * N, base + 4 * V * N, at(local), p, eps, size)
+            for j in range(0, N, 16):
+                store_as(kind, at(out[t]) + number * (begin + j), load(y + 4 * j))
+        for i in range(N):
+            for j in range(N):
+                S[head, i, j] = state[N * j + i]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rookery.infer.matrix import Narrow, PackedLinear
+from rookery.infer.matrix import Narrow, PackedLinear, Room
 from rookery.ops.linear import Linear
 
 LARGEST = 2.0**78
@@ -14,7 +14,7 @@ def packed(weight: torch.Tensor) -> PackedLinear:
     linear = Linear(weight.shape[1], weight.shape[0]).bfloat16()
     with torch.no_grad():
         linear.weight.copy_(weight)
-    return PackedLinear(linear, torch.bfloat16, narrow=True)
+    return PackedLinear(linear, torch.bfloat16, Room(linear))
 
 
 def multiplied_with(module: PackedLinear) -> torch.Tensor:
@@ -80,6 +80,6 @@ def test_products_equal_those_in_fp64(rows) -> None:
 def test_what_has_no_narrow_form_is_read_as_it_lies(weight) -> None:
     module = packed(weight)
     assert module.matrix.narrow is None
-    assert Narrow.of(weight.bfloat16()) is None
+    assert Narrow.of(weight.bfloat16(), Room(module)) is None
     y = module(torch.ones(1, weight.shape[1]))
     torch.testing.assert_close(y[0], weight.bfloat16().float().sum(1), equal_nan=True)
