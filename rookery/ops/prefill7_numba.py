@@ -131,14 +131,15 @@ def read(first, last, kind, size, head_size, is_first, r, k, v, w, a, gate, v_fi
         for i in range(N):
             for j in range(N):
                 state[N * i + j] = S[head, j, i]
-        enter(kind, size, is_first, 0, begin, sources, p, x, 0, at(local))
-        weighted_rows(head_size, state, x, 0)
-        for t in range(T):
+        for t in range(-1, T):
             here = t % CHUNK * token
-            if here == 0 and t:
+            if here == 0:
                 x[:token] = x[CHUNK * token :]
             if t + 1 < T:
                 enter(kind, size, is_first, t + 1, begin, sources, p, x, here + token, at(local))
+            if t < 0:
+                weighted_rows(head_size, state, x, CHUNK * token)
+                continue
             step(head_size, state, x, here)
             base = at(x) + 4 * here
             for j in range(0, N, 16):

@@ -228,7 +228,7 @@ def narrow_products(matrix, first, last, x, y):
                     y[b, row] += value * x[b, place]
 
 
-@inner
+@function
 def product(kind, matrix, first, last, x, y):
     """y[b, o] = sum_i W[o, i] x[b, i] for rows first..last-1 of W; x (B, in), y (B, out).
 
