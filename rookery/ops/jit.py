@@ -82,8 +82,12 @@ def share_out(function: Callable[..., None], work: int | np.ndarray, *args: Any)
     `work` is the number of equal pieces, or how much work each of them is. The threads are plain ones rather than
     Numba's: its OpenMP pool is another one than PyTorch's, and each spins on the processor while the other works.
     """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        function(0, work if isinstance(work, int) else len(work), *args)
+        return
     done = np.arange(1, work + 1) if isinstance(work, int) else work.cumsum()
-    threads = min(torch.get_num_threads(), len(done))
+    threads = min(threads, len(done))
     bounds = done.searchsorted([done[-1] * i // threads for i in range(threads + 1)], "right").tolist()
     futures = [_pool(threads - 1).submit(function, first, last, *args) for first, last in pairwise(bounds[1:])]
     function(0, bounds[1], *args)

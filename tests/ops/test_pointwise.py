@@ -62,8 +62,22 @@ def test_linear(rows: int, transposed: bool) -> None:
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         return x @ (weight if transposed else weight.T)
 
-    inputs = [normal(2, rows, 40), normal(40, 24) if transposed else normal(24, 40)]
-    assert_equal(with_gradients(product, inputs, torch.float32), with_gradients(plain, inputs, torch.float64))
+    for width, out in ((40, 24), (300, 530)):  # one tile with edges; several of each kind
+        inputs = [normal(2, rows, width), normal(width, out) if transposed else normal(out, width)]
+        assert_equal(with_gradients(product, inputs, torch.float32), with_gradients(plain, inputs, torch.float64))
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN does not promise it")
+def test_linear_gives_the_same_bits_for_a_part_of_the_rows_and_on_two_threads() -> None:
+    x, weight = normal(100, 300).float(), normal(70, 300).float()
+    want = linear(x, weight)
+    assert torch.equal(linear(x[20:50], weight), want[20:50])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(linear(x, weight), want)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def mix7_inputs(B: int, T: int, H: int, N: int) -> list[Tensor]:
