@@ -11,3 +11,9 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """The user stopped the run and everything needed to go on was saved. A command exits with status 130."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or the machine has no more memory."""
+    by_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return by_class or "DefaultCPUAllocator" in str(error)

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from rookery import __version__
-from rookery.errors import Interrupted, UserError
+from rookery.errors import Interrupted, UserError, ran_out_of_memory
 from rookery.i18n import LANGUAGES, N_, _, set_language
 
 if TYPE_CHECKING:
@@ -151,7 +151,12 @@ def run(args: list[str]) -> int:
         return OK
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else OK
-    except Exception:
+    except Exception as error:
+        if ran_out_of_memory(error):
+            reason = str(error).rpartition("DefaultCPUAllocator: ")[2].strip() or type(error).__name__
+            typer.echo(_("Out of memory: {reason}", reason=reason), err=True)
+            typer.echo(_("Close other programs, or take a smaller model, shorter texts or fewer at a time."), err=True)
+            return USER_FAULT
         traceback.print_exc()
         typer.echo(_("This is a fault of Rookery, not yours: please report it with the text above."), err=True)
         return FAULT

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
 from rookery.adapters import Method
+from rookery.config.machine import free_host_memory
 from rookery.models import Model
 from rookery.ops.linear import Linear
 from rookery.ops.native import array_of, numba_installed
@@ -70,7 +70,7 @@ class Room:
 
     def __init__(self, model: nn.Module) -> None:
         numbers = sum(parameter.numel() for parameter in model.parameters())
-        self.narrow = numbers * 3 // 2 <= psutil.virtual_memory().available // 2
+        self.narrow = numbers * 3 // 2 <= free_host_memory() // 2
         self._left = np.empty(0, np.uint8)
 
     def take(self, *shape: int) -> np.ndarray:

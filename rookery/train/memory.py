@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-import psutil
 import torch
 
 from rookery.config import TrainConfig
+from rookery.config.machine import free_host_memory
 from rookery.config.memory import Plan, estimate, fits, summary
 from rookery.config.remedies import advice
 from rookery.errors import UserError
@@ -17,27 +16,13 @@ from rookery.i18n import _
 CERTAIN = 1.25
 """An estimate this many times the free memory is too much whatever its error."""
 
-CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells a container its share of the memory."""
-
 
 def free_memory(accelerator: str) -> int:
     """Bytes that a training could have: of the GPU in use ("cuda"), or of this machine ("cpu")."""
     if accelerator == "cuda":
         free, _total = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return min(psutil.virtual_memory().available, _left_to_container())
-
-
-def _left_to_container() -> float:
-    try:
-        limit = (CGROUP / "memory.max").read_text(encoding="utf-8").strip()
-        used = int((CGROUP / "memory.current").read_text(encoding="utf-8"))
-        # Files in the cache count as used and are dropped when memory is needed.
-        cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines())
-        return float("inf") if limit == "max" else int(limit) - used + int(cached["inactive_file"])
-    except (OSError, ValueError, KeyError):
-        return float("inf")
+    return free_host_memory()
 
 
 def check_memory(config: TrainConfig, report: Callable[[str], None]) -> None:

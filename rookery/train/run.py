@@ -23,7 +23,7 @@ from rookery.config.memory import Plan
 from rookery.config.remedies import advice
 from rookery.config.tree import RunSection
 from rookery.data import Dataset, open_dataset
-from rookery.errors import Interrupted, UserError
+from rookery.errors import Interrupted, UserError, ran_out_of_memory
 from rookery.i18n import _
 from rookery.train import checkpoint, divergence
 from rookery.train.batches import batches
@@ -336,16 +336,18 @@ def _train(
             accumulate=run.accumulate_grad_batches,
             after_step=[monitor, keeper],
         )
-    except torch.OutOfMemoryError as error:
-        plan = Plan.of(config)
-        reason = _("the device ran out of memory at step {step}.", step=progress.step + 1)
-        raise UserError(f"{reason}\n{advice(plan, free_memory(plan.accelerator))}") from error
     except StoppedEarly:
         reason = _stopped_early(progress, weights)
         observers.on_message(reason)
         return result(reason)
     except Diverged as error:
         raise UserError(_explain(error, config, engine, loss_function, rundir, ranks)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        plan = Plan.of(config)
+        reason = _("the device ran out of memory at step {step}.", step=progress.step + 1)
+        raise UserError(f"{reason}\n{advice(plan, free_memory(plan.accelerator))}") from error
     reason = _("trained {steps} steps; the model is {file}", steps=progress.step, file=final)
     observers.on_message(reason)
     return result(reason)

@@ -49,7 +49,7 @@ FAILURES = (
             "Close other programs, lower the micro batch or the context, turn on gradient checkpointing, or take a "
             "smaller model."
         ),
-        sentences=("the helper process ended; memory may have run out",),
+        sentences=("the helper process ended; memory may have run out", "Out of memory: {reason}"),
         patterns=(r"\bMemoryError\b", r"DefaultCPUAllocator: (can't|not enough)", r"std::bad_alloc", r"os error 1455"),
     ),
     Failure(

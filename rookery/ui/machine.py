@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from rookery.config.machine import free_host_memory
+
 GPU_QUERY = "name,memory.total,memory.used,utilization.gpu,temperature.gpu"
 
 EVERY = 2.0
@@ -20,10 +22,9 @@ _gpus: tuple[float, list[dict[str, Any]]] = (-EVERY, [])
 
 def machine() -> dict[str, Any]:
     """Memory in bytes, load of the processor in percent, and the GPUs."""
-    memory = psutil.virtual_memory()
     return {
-        "memory": memory.total,
-        "free": memory.available,
+        "memory": psutil.virtual_memory().total,
+        "free": free_host_memory(),
         "cores": psutil.cpu_count() or 1,
         "load": psutil.cpu_percent(),
         "gpus": gpus(),

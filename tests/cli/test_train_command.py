@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,29 @@ def test_a_checkpoint_of_other_dimensions_is_refused(words: list[str], capsys: p
     assert run(words) == 0
     assert run([*words, "--n_layer", "2"]) == 2
     assert "n_layer: 2 (--n_layer 2), the file has 1" in capsys.readouterr().err
+
+
+STARVED = """
+import resource, sys
+import psutil, rookery.train.run
+from rookery.cli import run
+room = psutil.Process().memory_info().vms + (400 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (room, room))
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process is Linux's")
+def test_memory_that_runs_out_ends_in_one_message(words: list[str], tmp_path: Path) -> None:
+    """A process that may not have what the machine has, so that the estimate beforehand does not see it."""
+    starved = [sys.executable, "-c", STARVED, *words, "--micro_bsz", "20160", "--my_exit_tokens", str(1 << 21)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(starved, env=env, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
+    assert "ran out of memory at step 1" in ended.stderr
+    assert "--micro_bsz" in ended.stderr
+
+
+def test_memory_that_runs_out_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "op", "linear", "--n_embd", "100000000", "--rounds", "1"]) == 2
+    assert "Out of memory: can't allocate" in capsys.readouterr().err

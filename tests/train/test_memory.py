@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rookery.adapters import AdapterConfig, attach
 from rookery.bench.live_bytes import LiveBytes
-from rookery.config import TrainConfig, resolve, rules
+from rookery.config import TrainConfig, machine, resolve, rules
 from rookery.config.memory import SAFE, Parameters, Plan, estimate, fits, largest_micro_bsz, summary
 from rookery.config.remedies import advice, remedies
 from rookery.errors import UserError
@@ -251,7 +251,7 @@ def test_free_memory_of_this_machine() -> None:
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000000\n", encoding="utf-8")
     (tmp_path / "memory.current").write_text("1000000\n", encoding="utf-8")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 500000\n", encoding="utf-8")
