@@ -2,7 +2,7 @@
 
 A tile of ROWS x COLUMNS sums stays in registers while the numbers of a row are taken one by one from the first factor
 and COLUMNS at once from the second. That asks nothing of the first factor's layout, so that a weight's gradient, whose
-sums run over tokens, needs no transposed copy; and a call costs a tenth of what it costs to enter oneDNN.
+sums run over tokens, needs no transposed copy; and a call costs half of what entering oneDNN does.
 """
 
 from __future__ import annotations

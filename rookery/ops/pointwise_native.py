@@ -64,10 +64,11 @@ class _TokenShift(torch.autograd.Function):
         x, before, mixes = ctx.saved_tensors
         dx, dbefore = torch.empty_like(x), torch.empty_like(before)
         dmixes = mixes.new_zeros(len(before), *mixes.shape)
+        grads = tuple(grad.contiguous() for grad in grads)
         share_out(
             pointwise_numba.token_shift_back, len(before), ctx.bounds,
             array_of(x.flatten(0, 1)), array_of(before), array_of(mixes),
-            tuple(array_of(grad.flatten(0, 1).contiguous()) for grad in grads),
+            np.array([grad.data_ptr() for grad in grads]),
             array_of(dx.flatten(0, 1)), array_of(dbefore), array_of(dmixes),
         )  # fmt: skip
         return dx, dbefore, None, *(grad.view(ctx.mix_shape) for grad in dmixes.sum(dim=0).to(x.dtype))

@@ -6,15 +6,26 @@ work is one of B sequences, in `token_shift` that of the tokens bounds[i] to bou
 
 from __future__ import annotations
 
-import numpy as np
+from itertools import pairwise
 
-from rookery.ops.jit import inner, outer
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from rookery.ops.jit import inner, intrinsic, outer
 from rookery.ops.rows_numba import absolute, every, read, where_positive, write
-from rookery.ops.simd import exp, fma
+from rookery.ops.simd import exp, fma, from_bf16, of_llvm, pointer, prefetch, to_bf16
 
 PIECE = 1 << 14
 MANY, ONE = (None,) * 16, (None,)
 """Loops go over rows in vectors, then over the numbers that are left."""
+
+FEW = (None,) * 4
+"""Tokens that go back together."""
+
+SOON = 16
+"""Tokens that are called for ahead of their use: loops that go back through many arrays wait for memory else."""
 
 
 @inner
@@ -28,14 +39,67 @@ def _lerp(n, x, previous, mix, out, j):
     write(n, out, j, fma(read(n, previous, j) - value, read(n, mix, j), value))
 
 
-@inner
-def _lerp_back(n, grad, x, previous, mix, here, earlier, dmix, j):
-    """What one mix adds to the gradients of a token, of the one before, and of itself."""
-    g = read(n, grad, j)
-    of_previous = g * read(n, mix, j)
-    write(n, here, j, read(n, here, j) + g - of_previous)
-    write(n, earlier, j, read(n, earlier, j) + of_previous)
-    write(n, dmix, j, fma(g, read(n, previous, j) - read(n, x, j), read(n, dmix, j)))
+@intrinsic
+def _shift_back(typing, lanes, tokens, like, x, previous, row, mixes, mix_row, grads, at, count, dx, carried, dmixes):
+    """Channels of `static(tokens)` tokens backwards: their dx, and what they add to `carried` and to dmixes.
+
+    Args:
+        lanes: `static(n)`, the channels.
+        like: an array of the dtype of x, dx and the gradients.
+        x, previous, dx, mixes, dmixes, carried: addresses of the first token (before it; of the first mix) in these
+            channels. `carried` is the gradient that the next token gives the last of these, and becomes what the first
+            gives the one before it.
+        row, mix_row: bytes from token to token, and from mix to mix.
+        grads: address of the addresses of the gradients of the `count` outputs; `at`: bytes to the first token in them.
+    """
+    n, T, bf16 = len(lanes), len(tokens), like.dtype == types.uint16
+    numbers, element = ir.VectorType(ir.FloatType(), n), 2 if bf16 else 4
+
+    def code(context, builder, signature, args):
+        *_static, x, previous, row, mixes, mix_row, grads, at, count, dx, carried, dmixes = args
+        word = ir.IntType(64)
+
+        def exact(address):
+            return builder.load(pointer(builder, address, numbers), align=4)
+
+        def stored(address):
+            if not bf16:
+                return exact(address)
+            bits = builder.load(pointer(builder, address, ir.VectorType(ir.IntType(16), n)), align=2)
+            return from_bf16(builder, bits)
+
+        rows = [builder.mul(row, word(t)) for t in range(T)]
+        xs = [stored(previous), *(stored(builder.add(x, offset)) for offset in rows)]
+        steps = [builder.fsub(earlier, here) for earlier, here in pairwise(xs)]
+        zero = ir.Constant(numbers, [0.0] * n)
+        sums = [cgutils.alloca_once_value(builder, zero) for _before in range(T)]
+        sums.append(cgutils.alloca_once_value(builder, exact(carried)))  # of the token before each, and of the last
+        with cgutils.for_range(builder, count, intp=word) as loop:
+            grad = builder.load(pointer(builder, builder.add(grads, builder.mul(loop.index, word(8))), word))
+            grad = builder.add(grad, at)
+            offset = builder.mul(loop.index, mix_row)
+            mix, place = exact(builder.add(mixes, offset)), builder.add(dmixes, offset)
+            dmix = exact(place)
+            for t in range(T):
+                here = builder.add(grad, rows[t])
+                prefetch(builder, builder.sub(here, builder.mul(row, word(SOON))))
+                g = stored(here)
+                of_previous = builder.fmul(g, mix)
+                for total, part in ((sums[t + 1], builder.fsub(g, of_previous)), (sums[t], of_previous)):
+                    builder.store(builder.fadd(builder.load(total), part), total)
+                dmix = of_llvm(builder, "fmuladd", g, steps[t], dmix)
+            builder.store(dmix, pointer(builder, place, numbers), align=4)
+        for t in range(T):
+            value, place = builder.load(sums[t + 1]), builder.add(dx, rows[t])
+            if bf16:
+                bits = to_bf16(builder, value)
+                builder.store(bits, pointer(builder, place, bits.type), align=2)
+            else:
+                builder.store(value, pointer(builder, place, numbers), align=4)
+        builder.store(builder.load(sums[0]), pointer(builder, carried, numbers), align=4)
+        return context.get_dummy_value()
+
+    return types.void(lanes, tokens, like, *(types.int64,) * 11), code
 
 
 @outer
@@ -52,24 +116,42 @@ def token_shift(first, last, bounds, x, before, mixes, out):
                     _lerp(ONE, x[t], previous, mixes[m], out[m, t], j)
 
 
+@inner
+def _tokens_back(tokens, C, size, x, here, previous, row, mixes, grads, at, count, dx, carried, dmixes):
+    """`_shift_back` of all channels; addresses are those of the first."""
+    for j in range(0, _whole(C), len(MANY)):
+        _shift_back(MANY, tokens, x, here + size * j, previous + size * j, row, mixes + 4 * j, 4 * C, grads,
+                    at + size * j, count, dx + size * j, carried + 4 * j, dmixes + 4 * j)  # fmt: skip
+    for j in range(_whole(C), C):
+        _shift_back(ONE, tokens, x, here + size * j, previous + size * j, row, mixes + 4 * j, 4 * C, grads,
+                    at + size * j, count, dx + size * j, carried + 4 * j, dmixes + 4 * j)  # fmt: skip
+
+
 @outer
 def token_shift_back(first, last, bounds, x, before, mixes, grads, dx, dbefore, dmixes):
-    """grads: M arrays (T, C) -> dx, dbefore, and dmixes (B, M, C), which must come in as zeros."""
-    C = x.shape[1]
-    here, earlier = np.zeros(C, np.float32), np.zeros(C, np.float32)
+    """grads: addresses of M arrays (T, C) -> dx, dbefore, and dmixes (B, M, C), which must come in as zeros."""
+    C, size, count = np.int64(x.shape[1]), np.int64(x.itemsize), np.int64(len(mixes))
+    row = C * size
+    carried = np.zeros(C, np.float32)
+    x_at, before_at, dx_at = np.int64(x.ctypes.data), np.int64(before.ctypes.data), np.int64(dx.ctypes.data)
+    mixes_at, grads_at = np.int64(mixes.ctypes.data), np.int64(grads.ctypes.data)
+    carried_at, dmixes_at = np.int64(carried.ctypes.data), np.int64(dmixes.ctypes.data)
     for i in range(first, last):
-        here[:] = 0
-        for t in range(bounds[i + 1] - 1, bounds[i] - 1, -1):
-            previous = x[t - 1] if t > bounds[i] else before[i]
-            earlier[:] = 0
-            for m in range(len(mixes)):
-                for j in range(0, _whole(C), len(MANY)):
-                    _lerp_back(MANY, grads[m][t], x[t], previous, mixes[m], here, earlier, dmixes[i, m], j)
-                for j in range(_whole(C), C):
-                    _lerp_back(ONE, grads[m][t], x[t], previous, mixes[m], here, earlier, dmixes[i, m], j)
-            _copy(here, dx[t])
-            here, earlier = earlier, here
-        _copy(here, dbefore[i])
+        carried[:] = 0
+        dmix = dmixes_at + i * count * 4 * C
+        t = bounds[i + 1]
+        while t > bounds[i]:
+            few = t - bounds[i] >= len(FEW)
+            t -= len(FEW) if few else 1
+            at = t * row
+            previous = x_at + at - row if t > bounds[i] else before_at + i * row
+            if few:
+                _tokens_back(FEW, C, size, x, x_at + at, previous, row, mixes_at, grads_at, at, count, dx_at + at,
+                             carried_at, dmix)  # fmt: skip
+            else:
+                _tokens_back(ONE, C, size, x, x_at + at, previous, row, mixes_at, grads_at, at, count, dx_at + at,
+                             carried_at, dmix)  # fmt: skip
+        _copy(carried, dbefore[i])
 
 
 @inner
