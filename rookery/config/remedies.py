@@ -54,6 +54,15 @@ def _families(plan: Plan) -> Iterator[list[tuple[str, dict[str, Any]]]]:
                 change = {"micro_bsz": micro_bsz, "accumulate_grad_batches": passes}
                 options.append((_as_flags(change), change))
         yield options
+    if plan.devices > plan.context_parallel and not plan.chunk_ctx:
+        options = []
+        for times in range(2, plan.devices // plan.context_parallel + 1):
+            size = times * plan.context_parallel
+            if plan.devices % size == 0:
+                # Fewer groups of devices read samples: the same batch takes more passes.
+                change = {"context_parallel": size, "accumulate_grad_batches": plan.accumulate_grad_batches * times}
+                options.append((_as_flags(change), change))
+        yield options
     if not plan.grad_cp:
         yield [("--grad_cp 1", {"grad_cp": True})]
     if plan.accelerator == "cuda" and plan.element == 4:

@@ -189,6 +189,18 @@ def test_remedies_fit(peft: str, gibibytes: int) -> None:
     assert all(f"{remedy.flags}: " in advice(plan, free) for remedy in found)
 
 
+def test_several_devices_may_share_each_sample() -> None:
+    plan = released("0.1B", ctx_len=65536, micro_bsz=1, devices=6, strategy="ddp")
+    shared = replace(plan, context_parallel=3, accumulate_grad_batches=3)
+    free = int(estimate(shared).total / SAFE) + 1
+    assert not fits(plan, free)
+    assert remedies(plan, free)[0].flags == "--context_parallel 3 --accumulate_grad_batches 3"
+    more = int(estimate(replace(shared, context_parallel=6, accumulate_grad_batches=6)).total / SAFE) + 1
+    assert remedies(shared, more)[0].flags == "--context_parallel 6 --accumulate_grad_batches 6"
+    infctx = replace(plan, chunk_ctx=32768)
+    assert all("context_parallel" not in remedy.flags for remedy in remedies(infctx, free // 4))
+
+
 def test_nothing_helps_where_not_even_the_weights_fit() -> None:
     plan = released("2.9B")
     assert remedies(plan, 1 << 30) == []
