@@ -31,7 +31,7 @@ from rookery.train.strategies import SingleDevice
 RATE, EPS, BETAS = 1e-4, 1e-18, (0.9, 0.99)
 
 PARTS = {
-    "matrix products": ("_Product", "aten::mm", "aten::addmm", "aten::linear", "aten::matmul"),
+    "matrix products": ("_Product", "_LowRank", "aten::mm", "aten::addmm", "aten::linear", "aten::matmul"),
     "recurrence": ("_Mix7", "_WKV", "aten::bmm", "aten::linalg_solve_triangular", "aten::cumsum"),
     "head": ("_HeadLoss",),
     "elementwise": (

@@ -20,7 +20,7 @@ from rookery.models.common import (
 )
 from rookery.models.rwkv5 import initial_bonus, initial_decay
 from rookery.models.shape import ModelShape
-from rookery.ops import linear, relu_square, token_shift, wkv6
+from rookery.ops import linear, low_rank, relu_square, token_shift, wkv6
 from rookery.ops.context import Before, through
 from rookery.ops.linear import Linear
 from rookery.ops.packed import Packing, previous
@@ -70,7 +70,7 @@ class TimeMix(TimeMixing):
         v = self.value(torch.addcmul(x, difference, self.time_maa_v + of_v)).view(heads)
         g = F.silu(self.gate(torch.addcmul(x, difference, self.time_maa_g + of_g)))
         xw = torch.addcmul(x, difference, self.time_maa_w + of_w)
-        w = self.time_decay + linear(torch.tanh(linear(xw, self.time_decay_w1.T)), self.time_decay_w2.T)
+        w = self.time_decay + low_rank(xw, self.time_decay_w1, self.time_decay_w2, "tanh", kernel=kernel)
 
         y, wkv = through(
             wkv, lambda state: wkv6(r, w.view(heads), k, v, self.time_faaaa, state, backend=kernel, packing=packing)

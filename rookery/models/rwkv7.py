@@ -20,7 +20,7 @@ from rookery.models.common import (
     vector,
 )
 from rookery.models.shape import ModelShape
-from rookery.ops import gates7, linear, mix7, relu_square, token_shift
+from rookery.ops import gates7, low_rank, mix7, relu_square, token_shift
 from rookery.ops.context import Before, through
 from rookery.ops.linear import Linear
 from rookery.ops.packed import Packing
@@ -69,10 +69,10 @@ class TimeMix(TimeMixing):
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         xr, xw, xk, xv, xa, xg = token_shift(x, shift, *mixes, kernel=kernel, packing=packing)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = linear(torch.tanh(linear(xw, self.w1.T)), self.w2.T)
-        a = linear(linear(xa, self.a1.T), self.a2.T)
-        g = linear(torch.sigmoid(linear(xg, self.g1.T)), self.g2.T)
-        gate = None if v_first is None else linear(linear(xv, self.v1.T), self.v2.T)
+        w = low_rank(xw, self.w1, self.w2, "tanh", kernel=kernel)
+        a = low_rank(xa, self.a1, self.a2, kernel=kernel)
+        g = low_rank(xg, self.g1, self.g2, "sigmoid", kernel=kernel)
+        gate = None if v_first is None else low_rank(xv, self.v1, self.v2, kernel=kernel)
         first = v if v_first is None else v_first
         w, a, v = gates7(w, a, v, gate, v_first, self.w0, self.a0, self.v0, kernel=kernel)
         y, wkv = through(wkv, lambda state: mix7(

@@ -81,19 +81,27 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T: `x` (..., in), `weight` (out, in), result (..., out). `weight` may be a transposed view."""
-    if (
+    return _Product.apply(x, weight) if _ours(x, weight) else F.linear(x, weight)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` of tensors with any strides, for where no gradient is recorded."""
+    return _product(x, weight) if _ours(x, weight) else F.linear(x, weight)
+
+
+def _ours(x: Tensor, weight: Tensor) -> bool:
+    """Whether `_product` is faster than `F.linear` does it."""
+    return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= FEWEST_ROWS * x.shape[-1]
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-    ):
-        return _Product.apply(x, weight)
-    return F.linear(x, weight)
+    )
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T in fp32, of tensors with any strides."""
+    """x @ weight.T in fp32."""
     # oneDNN would first copy an input whose rows are not contiguous, as that of a weight's gradient.
     if _has_loop() and (weight.numel() <= LARGEST or x.stride(-1) != 1):
         return _looped(x, weight)

@@ -82,7 +82,11 @@ class _ReluSquare(torch.autograd.Function):
 
         x = x.contiguous()
         y = torch.empty_like(x)
-        share_out(pointwise_numba.relu_square, _pieces(x), *(array_of(tensor.view(-1)) for tensor in (x, y)))
+        share_out(
+            pointwise_numba.relu_square,
+            pointwise_numba.pieces(x.numel()),
+            *(array_of(tensor.view(-1)) for tensor in (x, y)),
+        )
         ctx.save_for_backward(x)
         return y
 
@@ -94,14 +98,8 @@ class _ReluSquare(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
         arrays = (array_of(tensor.contiguous().view(-1)) for tensor in (x, dy, dx))
-        share_out(pointwise_numba.relu_square_back, _pieces(x), *arrays)
+        share_out(pointwise_numba.relu_square_back, pointwise_numba.pieces(x.numel()), *arrays)
         return dx
-
-
-def _pieces(x: Tensor) -> int:
-    from rookery.ops.pointwise_numba import PIECE
-
-    return -(-x.numel() // PIECE)
 
 
 class _Gates7(torch.autograd.Function):

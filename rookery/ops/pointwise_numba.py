@@ -28,6 +28,11 @@ SOON = 16
 """Tokens that are called for ahead of their use: loops that go back through many arrays wait for memory else."""
 
 
+def pieces(numbers: int) -> int:
+    """Pieces of work of a loop over an array of one dimension."""
+    return -(-numbers // PIECE)
+
+
 @inner
 def _whole(count):
     return count // len(MANY) * len(MANY)
@@ -53,7 +58,7 @@ def _shift_back(typing, lanes, tokens, like, x, previous, row, mixes, mix_row, g
         grads: address of the addresses of the gradients of the `count` outputs; `at`: bytes to the first token in them.
     """
     n, T, bf16 = len(lanes), len(tokens), like.dtype == types.uint16
-    numbers, element = ir.VectorType(ir.FloatType(), n), 2 if bf16 else 4
+    numbers = ir.VectorType(ir.FloatType(), n)
 
     def code(context, builder, signature, args):
         *_static, x, previous, row, mixes, mix_row, grads, at, count, dx, carried, dmixes = args
@@ -207,6 +212,84 @@ def _sigmoid(n, x):
     one, zero = every(n, np.float32(1)), every(n, np.float32(0))
     e = exp(zero - absolute(x))
     return where_positive(x, one, e) / (one + e)
+
+
+@inner
+def _tanh(n, x):
+    one, zero, size = every(n, np.float32(1)), every(n, np.float32(0)), absolute(x)
+    e = exp(zero - size - size)
+    large = (one - e) / (one + e)
+    # Near 0, where that is the difference of numbers that are almost alike: Cephes' tanhf.
+    square = x * x
+    series = every(n, np.float32(-5.70498872745e-3))
+    for coefficient in (2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1):
+        series = fma(series, square, every(n, np.float32(coefficient)))
+    small = fma(x * square, series, x)
+    return where_positive(size - every(n, np.float32(0.625)), where_positive(x, large, zero - large), small)
+
+
+@inner
+def _put_tanh(n, x, j):
+    write(n, x, j, _tanh(n, read(n, x, j)))
+
+
+@inner
+def _put_sigmoid(n, x, j):
+    write(n, x, j, _sigmoid(n, read(n, x, j)))
+
+
+@inner
+def _tanh_back(n, y, dy, j):
+    value = read(n, y, j)
+    write(n, dy, j, read(n, dy, j) * (every(n, np.float32(1)) - value * value))
+
+
+@inner
+def _sigmoid_back(n, y, dy, j):
+    value = read(n, y, j)
+    write(n, dy, j, read(n, dy, j) * value * (every(n, np.float32(1)) - value))
+
+
+@outer
+def tanh(first, last, x):
+    """In place, of an array of one dimension; so are the next three."""
+    for piece in range(first, last):
+        begin, end = piece * PIECE, min(len(x), (piece + 1) * PIECE)
+        for j in range(begin, begin + _whole(end - begin), len(MANY)):
+            _put_tanh(MANY, x, j)
+        for j in range(begin + _whole(end - begin), end):
+            _put_tanh(ONE, x, j)
+
+
+@outer
+def sigmoid(first, last, x):
+    for piece in range(first, last):
+        begin, end = piece * PIECE, min(len(x), (piece + 1) * PIECE)
+        for j in range(begin, begin + _whole(end - begin), len(MANY)):
+            _put_sigmoid(MANY, x, j)
+        for j in range(begin + _whole(end - begin), end):
+            _put_sigmoid(ONE, x, j)
+
+
+@outer
+def tanh_back(first, last, y, dy):
+    """y: the results; dy becomes the gradient of what they came from."""
+    for piece in range(first, last):
+        begin, end = piece * PIECE, min(len(y), (piece + 1) * PIECE)
+        for j in range(begin, begin + _whole(end - begin), len(MANY)):
+            _tanh_back(MANY, y, dy, j)
+        for j in range(begin + _whole(end - begin), end):
+            _tanh_back(ONE, y, dy, j)
+
+
+@outer
+def sigmoid_back(first, last, y, dy):
+    for piece in range(first, last):
+        begin, end = piece * PIECE, min(len(y), (piece + 1) * PIECE)
+        for j in range(begin, begin + _whole(end - begin), len(MANY)):
+            _sigmoid_back(MANY, y, dy, j)
+        for j in range(begin + _whole(end - begin), end):
+            _sigmoid_back(ONE, y, dy, j)
 
 
 @inner

@@ -222,11 +222,11 @@ def _overload_div(a, b):
 
 @intrinsic
 def positive(typing, value):
-    """max(value, 0)."""
+    """max(value, 0); NaN stays NaN."""
 
     def code(context, builder, signature, args):
         zero = fill(ir.FloatType(), 0.0)
-        return builder.select(builder.fcmp_ordered(">", args[0], zero), args[0], zero)
+        return builder.select(builder.fcmp_ordered("<", args[0], zero), zero, args[0])
 
     return vector(vector), code
 

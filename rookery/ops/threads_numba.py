@@ -13,6 +13,9 @@ from rookery.ops.jit import inner, intrinsic
 PATIENCE = 2000
 """Looks at the counter before a waiting thread lets others have its core."""
 
+LEFT = 1 << 62
+"""Of a counter: nobody is waited for any more, for one of the threads will not come."""
+
 WORD = ir.IntType(64)
 
 
@@ -48,11 +51,12 @@ _let_others = types.ExternalFunction("SwitchToThread" if sys.platform == "win32"
 
 @inner
 def wait(counters, parts):
-    """Return when all `parts` threads have called this as often; `counters` is (1) int64, 0 at first."""
+    """Return when all `parts` threads have called this as often, or when the counter is LEFT; `counters` is (1) int64,
+    0 at first."""
     if parts > 1:
         goal = (_increase(counters, 0) // parts + 1) * parts
         looks = 0
-        while _look(counters, 0) < goal:
+        while _look(counters, 0) < goal < LEFT:
             looks += 1
             if looks > PATIENCE:
                 _let_others()

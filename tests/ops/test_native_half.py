@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rookery.ops import gates7, mix7, relu_square, token_shift, wkv7
+from rookery.ops import gates7, low_rank, mix7, relu_square, token_shift, wkv7
 from rookery.ops.jit import outer
+from rookery.ops.low_rank import low_rank_plain
 from rookery.ops.mix7 import mix7_plain
 from rookery.ops.pointwise import gates7_plain, relu_square_plain, token_shift_plain
 from rookery.ops.rows_numba import read, write
@@ -59,6 +60,11 @@ CASES: dict[str, tuple[Callable, Callable, list[Tensor]]] = {
     ),
     "relu_square": (relu_square, relu_square_plain, [normal(3, 5, 1001, seed=4)]),
     "gates7": (gates7, gates7_plain, [*SEQUENCES[:5], *VECTORS[:3]]),
+    "low_rank": (
+        lambda *inputs: low_rank(*inputs, "tanh"),
+        lambda *inputs: low_rank_plain(*inputs, "tanh"),
+        [SEQUENCES[0], normal(C, 24, seed=20, scale=0.1), normal(24, C, seed=21)],
+    ),
     "mix7": (
         mixed(mix7),
         mixed(mix7_plain),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rookery.ops import linear, mix7, relu_square, token_shift
+from rookery.ops import linear, low_rank, mix7, relu_square, token_shift
 from rookery.ops.backend import Call, Op
+from rookery.ops.low_rank import low_rank_plain
 from rookery.ops.mix7 import mix7_plain
 from rookery.ops.pointwise import TOKEN_SHIFT
 
@@ -78,6 +79,31 @@ def test_linear_gives_the_same_bits_for_a_part_of_the_rows_and_on_two_threads() 
         assert torch.equal(linear(x, weight), want)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("between", ["", "tanh", "sigmoid"])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_low_rank(rows: int, between: str) -> None:
+    def native(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return low_rank(x, down, up, between, kernel="native")
+
+    for scale in (1e-4, 1.0):  # tanh is another formula near 0
+        inputs = [scale * normal(2, rows, 40), normal(40, 9), normal(9, 30)]
+        want = with_gradients(lambda *inputs: low_rank_plain(*inputs, between), inputs, torch.float64)
+        assert_equal(with_gradients(native, inputs, torch.float32), want)
+
+
+@pytest.mark.parametrize("trained", [{0}, {1}, {2}, {0, 1}])
+def test_low_rank_with_frozen_inputs(trained: set[int]) -> None:
+    inputs = [normal(3, 20, 40).float(), normal(40, 9).float(), normal(9, 30).float()]
+
+    def grads(function: Callable) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_(i in trained) for i, x in enumerate(inputs)]
+        function(*leaves, "tanh").square().sum().backward()
+        assert [x.grad is not None for x in leaves] == [i in trained for i in range(3)]
+        return [x.grad for x in leaves if x.grad is not None]
+
+    assert_equal(grads(low_rank), [x.double() for x in grads(low_rank_plain)])
 
 
 def mix7_inputs(B: int, T: int, H: int, N: int) -> list[Tensor]:
