@@ -85,7 +85,7 @@ class LiveDisplay(Callback):
             total=facts.total_steps,
             completed=facts.first_step,
             phase=self._phase,
-            figures="",
+            figures=_("the first step also compiles"),
             eta=None,
             started=time.monotonic(),
         )

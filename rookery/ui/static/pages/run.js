@@ -88,6 +88,7 @@ export function Run({ run: path }) {
 function Head({ run, memory }) {
   const active = isActive(run);
   const percent = 100 * (run.progress || 0);
+  const begins = run.phase === "training" && !run.tok_s;
   const act = async (what, said) => {
     try {
       await api(`runs/${what}`, { run: run.path });
@@ -112,7 +113,8 @@ function Head({ run, memory }) {
       </div>
     </header>
     <section class="progress-card" aria-label=${t("Progress")}>
-      <${Bar} value=${run.phase === "preparing" || run.phase === "starting" ? null : percent} />
+      <${Bar} value=${begins || run.phase === "preparing" || run.phase === "starting" ? null : percent} />
+      ${begins && html`<p class="help">${t("The first step also compiles.")}</p>`}
       <dl class="figures">
         <${Figure} name=${t("Done")} value=${`${percent.toFixed(percent < 10 ? 1 : 0)} %`} />
         <${Figure} name=${t("Step")} value=${`${count(run.step)} / ${count(run.total_steps)}`} />
