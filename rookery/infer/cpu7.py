@@ -92,7 +92,7 @@ class CPU7Form:
         return logits
 
     def step(self, slots: State, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        from rookery.ops import decode7_numba, products_numba
+        from rookery.ops import decode7_numba, products_numba, threads_numba
         from rookery.ops.jit import share_out, static
 
         B, C = len(rows), self.shape.n_embd
@@ -106,13 +106,19 @@ class CPU7Form:
         ]  # fmt: skip
         logits = torch.empty(B, self.shape.vocab_size)
         threads = min(self.threads or torch.get_num_threads(), torch.get_num_threads())
+        meeting = np.zeros(1, np.int64)
         with _one_at_a_time:
-            share_out(
-                decode7_numba.step, threads, threads, *(static(kind) for kind in self._kinds),
-                static(self.shape.head_size // 16), self._matrices, self._vectors, self._ends, self._head_entry,
-                np.array(rows, np.int64), *(part.numpy() for part in vars(slots).values()), x.numpy(),
-                *(array.numpy() for array in room), logits.numpy(), self._eps, np.zeros(1, np.int64),
-            )  # fmt: skip
+            try:
+                share_out(
+                    decode7_numba.step, threads, threads, *(static(kind) for kind in self._kinds),
+                    static(self.shape.head_size // 16), self._matrices, self._vectors, self._ends, self._head_entry,
+                    np.array(rows, np.int64), *(part.numpy() for part in vars(slots).values()), x.numpy(),
+                    *(array.numpy() for array in room), logits.numpy(), self._eps, meeting,
+                )  # fmt: skip
+            except BaseException:
+                # A Ctrl-C between the starts of two threads: the first would wait for the second forever.
+                meeting[0] = threads_numba.LEFT
+                raise
         return logits
 
     def read(self, slots: State, slot: int, tokens: Sequence[int]) -> Tensor:

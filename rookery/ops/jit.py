@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numba.extending
@@ -89,10 +90,14 @@ def share_out(function: Callable[..., None], work: int | np.ndarray, *args: Any)
     done = np.arange(1, work + 1) if isinstance(work, int) else work.cumsum()
     threads = min(threads, len(done))
     bounds = done.searchsorted([done[-1] * i // threads for i in range(threads + 1)], "right").tolist()
-    futures = [_pool(threads - 1).submit(function, first, last, *args) for first, last in pairwise(bounds[1:])]
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+    for number, (first, last) in enumerate(pairwise(bounds[1:])):
+        _ready(number)
+        _tasks.put((ended, function, first, last, *args))
     function(0, bounds[1], *args)
-    for future in futures:
-        future.result()
+    for _helper in range(threads - 1):
+        if error := ended.get():
+            raise error
 
 
 def static(n: int) -> tuple[None, ...]:
@@ -101,6 +106,28 @@ def static(n: int) -> tuple[None, ...]:
     return (None,) * n
 
 
+_tasks: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+"""What helping threads are to do: a queue for the result, a function, its arguments.
+
+Not an executor of the standard library: an exception that a signal handler raises there, such as KeyboardInterrupt, can
+leave a lock locked for good."""
+
+
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="rookery-ops")
+def _ready(number: int) -> None:
+    """Have so many helping threads, and one more."""
+    Thread(target=_help, name=f"rookery-ops-{number}", daemon=True).start()
+
+
+def _help() -> None:
+    while True:
+        _do(*_tasks.get())
+
+
+def _do(ended: SimpleQueue[BaseException | None], function: Callable[..., None], *args: Any) -> None:
+    try:
+        function(*args)
+    except BaseException as error:
+        ended.put(error)
+    else:
+        ended.put(None)

@@ -1,6 +1,9 @@
 """Packed forms against the model's own module, and against themselves: alone, beside others, in pieces, on threads."""
 
 import copy
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,6 +113,43 @@ def test_a_sequence_gets_the_same_bits_alone_beside_others_in_pieces_and_on_thre
         torch.set_num_threads(before)
 
 
+INTERRUPTED = """
+import random, signal, sys, torch
+from rookery.infer import CPU7Form
+from rookery.models import ModelShape, create, initialise
+
+torch.set_num_threads(3)
+model = create(ModelShape("x070", 1, 32, 64, 32, 32, 128, dict.fromkeys("wavg", 16)))
+initialise(model, 1)
+form = CPU7Form(model)
+slots = form.slots(1)
+
+def interrupt(*_signal):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+random.seed(0)
+with torch.inference_mode():
+    form.step(slots, [0], [1])
+    for _n in range(400):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 2e-3))
+            while True:
+                form.step(slots, [0], [1])
+        except KeyboardInterrupt:
+            pass
+    assert form.step(slots, [0], [1]).isfinite().all()
+print("goes on")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no such timer")
+def test_a_step_that_is_interrupted_hangs_nothing() -> None:
+    """Wherever Ctrl-C finds the thread that asked, the others do not wait for it, and the next step is computed."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
+
+
 def adapter_beside_packed(model, packed_form, method: str) -> None:
     """Packing merges an adapter as the module applies it."""
     model = copy.deepcopy(model)
@@ -202,6 +242,21 @@ def test_older_generations_with_smaller_weights(older) -> None:
 
 def test_an_adapter_is_packed_with_an_older_model(older) -> None:
     adapter_beside_packed(older, PackedForm, "lora")
+
+
+@pytest.mark.parametrize("name", ["blocks.0.ffn.key.weight", "blocks.1.att.key.weight", "head.weight"])
+def test_a_weight_that_is_no_number_is_not_hidden(name) -> None:
+    """Packed forms have NaN where the module has it; a product with such a weight is not taken for zero."""
+    for version, ranks in (("x060", {"mix": 8, "decay": 8}), ("x070", dict.fromkeys("wavg", 16))):
+        model = create(ModelShape(version, 2, 32, 64, 32, 32, 128, ranks))
+        initialise(model, 1)
+        with torch.no_grad():
+            model.get_parameter(name)[3, 4] = float("nan")
+        for cuts in ((), (12,)):
+            packed, _slots = walk(form_of(model.eval()), [t % 64 for t in TOKENS], cuts)
+            plain, _slots = walk(PlainForm(model), [t % 64 for t in TOKENS], (12,))
+            assert plain.isnan().any()
+            assert torch.equal(packed.isnan(), plain.isnan())
 
 
 def test_what_cannot_be_packed_runs_plainly() -> None:
