@@ -34,7 +34,7 @@ def load(
 
     Args:
         device: "auto" is the GPU if there is one.
-        dtype: of the parameters; "auto" is the file's on a GPU and fp32 on a CPU.
+        dtype: of the parameters; "auto" is the file's on a GPU and fp32 on a CPU. Those of adapters are fp32.
         state: file with tuned initial states (`blocks.N.att.time_state`) to mount.
         adapter: one or several, which add up: what `rookery.formats.read_adapter` reads, or what it gave (for an old
             file that does not say its alpha). `rookery.adapters` calls the first "default", the others "2", "3" …
@@ -65,11 +65,12 @@ def load(
     if state is not None:
         tensors |= read_state(state, shape)
     assign(model, tensors, str(file))
+    model.to(device=device, dtype=dtype)
     for number, one in enumerate(adapters, start=1):
         content = one if isinstance(one, AdapterFile) else read_adapter(one)
         content = content.fitted(tensors, file, any_base=any_base)
         attach(model, content.config, "default" if number == 1 else str(number), tensors=content.tensors)
-    return model.to(device=device, dtype=dtype).eval()
+    return model.eval()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from rookery.adapters import AdapterConfig, adapter_tensors, attach
 from rookery.errors import UserError
-from rookery.formats import AdapterFile
+from rookery.formats import AdapterFile, load, write_pth
 from rookery.infer import (
     Busy,
     Closed,
@@ -254,6 +254,20 @@ def test_each_request_is_answered_with_its_adapter(model, world, form) -> None:
         engine.unmount_adapter("poet")
         engine.unmount_adapter("clerk")
         wait_until(lambda: not any(".adapters." in name for name, _parameter in model.named_parameters()))
+
+
+def test_a_mounted_adapter_answers_as_one_loaded_with_a_bf16_model(model, world, tmp_path) -> None:
+    """To the bit: neither is rounded before it meets the weights."""
+    file, prompt = adapter_file(model, 1), world.encode("Hello")
+    write_pth(tmp_path / "model.pth", {name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
+    together = load(tmp_path / "model.pth", device="cpu", dtype=torch.bfloat16, adapter=file)
+    base = load(tmp_path / "model.pth", device="cpu", dtype=torch.bfloat16)
+    engine = Engine(base, world)
+    engine.mount_adapter("poet", file)
+    [mounted] = finish(engine, engine.submit(Request(prompt, GREEDY, adapter="poet", logprobs=5)))
+    loaded = Engine(together, world)
+    [whole] = finish(loaded, loaded.submit(Request(prompt, GREEDY, logprobs=5)))
+    assert mounted.tokens == whole.tokens
 
 
 def test_an_adapter_of_another_model_is_refused(model, world) -> None:
