@@ -57,17 +57,19 @@ def _write_some(builder: ir.IRBuilder, address: ir.Value, mask: ir.Value, value:
 
 
 @intrinsic
-def _tile(typing, a, row_step, step, b, count, out, out_step, rows, columns, adds):
+def _tile(typing, a, row_step, step, b, count, out, out_step, rows, columns, adds, soon, soon_row, soon_step):
     """out[r, c] = sum over n < count of a[r, n] b[n, c], added to what is there if `adds` is not 0.
 
     Args:
         a, b, out: addresses. b has COLUMNS numbers in a row, without gaps.
         row_step, step, out_step: bytes from row to row of a, from number to number in its rows, from row to row of out.
         rows, columns: how many of ROWS and COLUMNS there are.
+        soon, soon_row, soon_step: address of memory that is needed next; a line of each of ROWS rows is called for in
+            turn, then those soon_step bytes later.
     """
 
     def code(context, builder, signature, args):
-        a, row_step, step, b, count, out, out_step, rows, columns, adds = args
+        a, row_step, step, b, count, out, out_step, rows, columns, adds, soon, soon_row, soon_step = args
         word = ir.IntType(64)
         # Rows beyond the last are the last once more: the same numbers are written twice.
         last = builder.sub(rows, word(1))
@@ -82,12 +84,10 @@ def _tile(typing, a, row_step, step, b, count, out, out_step, rows, columns, add
         for of_row in places:
             for place in of_row:
                 prefetch(builder, place)  # so that what is written at the end does not wait for memory
-        coming = builder.add(a, builder.mul(word(ROWS), row_step))
         with cgutils.for_range(builder, count, intp=word) as loop:
-            # What the next tile reads, if rows lie one after another.
-            row = builder.mul(builder.and_(loop.index, word(ROWS - 1)), row_step)
-            line = builder.mul(builder.udiv(loop.index, word(ROWS)), word(LINE))
-            prefetch(builder, builder.add(coming, builder.add(row, line)))
+            row = builder.mul(builder.urem(loop.index, word(ROWS)), soon_row)
+            line = builder.mul(builder.udiv(loop.index, word(ROWS)), soon_step)
+            prefetch(builder, builder.add(soon, builder.add(row, line)))
             here = builder.add(b, builder.mul(loop.index, word(4 * COLUMNS)))
             values = [read_f32(builder, builder.add(here, word(4 * WIDTH * v))) for v in range(VECTORS)]
             offset = builder.mul(loop.index, step)
@@ -101,7 +101,7 @@ def _tile(typing, a, row_step, step, b, count, out, out_step, rows, columns, add
                 _write_some(builder, place, mask, builder.load(total))
         return context.get_dummy_value()
 
-    return types.void(*(types.int64,) * 10), code
+    return types.void(*(types.int64,) * 13), code
 
 
 @intrinsic
@@ -171,10 +171,12 @@ def product(first, last, M, N, K, a, a_row, a_step, b, b_row, b_step, out):
     packed_a = np.int64(room.ctypes.data)
     packed_a += -packed_a % LINE
     packed_b = packed_a + panel
-    # Numbers that lie apart are brought together if they are read more than once.
-    packs = a_step != 4 and N > COLUMNS
+    apart = a_step != 4
     for k in range(0, K, DEPTH):
         count, adds, packed_group = min(DEPTH, K - k), np.int64(k > 0), -1
+        next_a, next_b = a + (k + count) * a_step, b + (k + count) * b_row
+        following = min(DEPTH, K - k - count)
+        end_a, end_b = next_a + following * a_step, next_b + following * b_row
         for piece in range(first, last):
             group, block = piece // blocks * GROUP, piece % blocks * BLOCK
             columns, rows = range(group, min(group + GROUP, N), COLUMNS), range(block, min(block + BLOCK, M), ROWS)
@@ -184,12 +186,20 @@ def product(first, last, M, N, K, a, a_row, a_step, b, b_row, b_step, out):
                     _pack(b + k * b_row + n * b_step, b_row, b_step, count, min(COLUMNS, N - n), place)
                 packed_group = group
             here, row_step, step = a + block * a_row + k * a_step, a_row, a_step
-            if packs:
+            if apart and N > COLUMNS:  # read more than once
                 _pack(here, a_step, a_row, count, min(BLOCK, M - block), packed_a)
                 here, row_step, step = packed_a, 4, 4 * BLOCK
             for m in rows:
                 for n in columns:
+                    at = here + (m - block) * row_step
+                    soon, soon_row, soon_step = at + ROWS * row_step, row_step, LINE
+                    if apart:  # what the next sums need: all of it lies together, in b and in a
+                        soon, soon_row, soon_step = next_b if next_b < end_b else next_a, LINE, ROWS * LINE
+                        if next_b < end_b:
+                            next_b += count * LINE
+                        else:
+                            next_a = min(next_a + count * LINE, end_a)
                     place = packed_b + (n - group) // COLUMNS * panel
-                    _tile(here + (m - block) * row_step, row_step, step, place, count,
-                          out + 4 * (m * N + n), 4 * N, min(ROWS, M - m), min(COLUMNS, N - n), adds)  # fmt: skip
+                    _tile(at, row_step, step, place, count, out + 4 * (m * N + n), 4 * N,
+                          min(ROWS, M - m), min(COLUMNS, N - n), adds, soon, soon_row, soon_step)  # fmt: skip
     room[0] = 0  # which lives until its last use
