@@ -90,14 +90,24 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _ours(x: Tensor, weight: Tensor) -> bool:
-    """Whether `_product` is faster than `F.linear` does it."""
+    """Whether `_product` is faster than `F.linear`."""
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and x.numel() >= FEWEST_ROWS * x.shape[-1]
-        and torch.backends.mkldnn.is_available()
+        and _has_onednn()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available()
+
+
+@cache
+def _has_loop() -> bool:
+    return numba_installed() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -111,22 +121,17 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
-@cache
-def _has_loop() -> bool:
-    return numba_installed() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
 def _looped(x: Tensor, weight: Tensor) -> Tensor:
     from rookery.ops import linear_numba
     from rookery.ops.jit import share_out
 
     rows = x.reshape(-1, x.shape[-1])
-    M, N = len(rows), len(weight)
+    (M, K), (row, step) = rows.shape, rows.stride()
+    N, (weight_row, weight_step) = weight.shape[0], weight.stride()
     out = x.new_empty(*x.shape[:-1], N)
     share_out(
-        linear_numba.product, linear_numba.pieces(M, N), M, N, x.shape[-1],
-        rows.data_ptr(), 4 * rows.stride(0), 4 * rows.stride(1),
-        weight.data_ptr(), 4 * weight.stride(1), 4 * weight.stride(0), out.data_ptr(),
+        linear_numba.product, linear_numba.pieces(M, N), M, N, K, rows.data_ptr(), 4 * row, 4 * step,
+        weight.data_ptr(), 4 * weight_step, 4 * weight_row, out.data_ptr(),
     )  # fmt: skip
     return out
 
