@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,21 +57,34 @@ def load(
     file = weight_file(sources.base)
     divisor = sources.head_size_divisor or divisor_beside(file)
     shape = replace(shape_of(tensors, str(sources.base)), head_size_divisor=divisor)
-    device = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    place = _device(device)
     if isinstance(dtype, str):
         if dtype != "auto":
             raise ValueError(f"dtype {dtype!r} is neither 'auto' nor a torch dtype")
-        dtype = torch.float32 if device.type == "cpu" else tensors["head.weight"].dtype
+        dtype = torch.float32 if place.type == "cpu" else tensors["head.weight"].dtype
     model = create(shape, kernel=kernel)
     if state is not None:
         tensors |= read_state(state, shape)
     assign(model, tensors, str(file))
-    model.to(device=device, dtype=dtype)
+    model.to(device=place, dtype=dtype)
     for number, one in enumerate(adapters, start=1):
         content = one if isinstance(one, AdapterFile) else read_adapter(one)
         content = content.fitted(tensors, file, any_base=any_base)
         attach(model, content.config, "default" if number == 1 else str(number), tensors=content.tensors)
     return model.eval()
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    present = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    with suppress(RuntimeError):  # PyTorch knows no device of this name
+        device = torch.device(name)
+        if device.type in present:
+            return device
+    known = ", ".join(["auto", *present])
+    raise UserError(_("There is no device {name} here that PyTorch can use, only {known}.", name=name, known=known))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from rookery.infer.forms import Form, GraphForm, PackedForm, PlainForm, form_of
 from rookery.infer.generation import Generation, complete, generate, read
 from rookery.infer.open import DTYPES, find_tokenizer, open_form, open_model
 from rookery.infer.request import Answer, Handle, Piece, Request, Token, Usage
-from rookery.infer.sampler import Sampler, Sampling, probabilities
+from rookery.infer.sampler import NoNumbers, Sampler, Sampling, probabilities
 from rookery.infer.sequence import Sequence
 from rookery.infer.template import TEMPLATES, Template
 from rookery.infer.work import Busy, Closed, Load
@@ -30,6 +30,7 @@ __all__ = [
     "Guide",
     "Handle",
     "Load",
+    "NoNumbers",
     "PackedForm",
     "Piece",
     "PlainForm",

@@ -37,6 +37,7 @@ from rookery.infer.cache import PrefixCache
 from rookery.infer.constraint import Guide
 from rookery.infer.forms import PREFILL, Form, PlainForm, assign, form_of
 from rookery.infer.request import Finish, Handle, Piece, Request, Token
+from rookery.infer.sampler import NoNumbers, check_numbers
 from rookery.infer.sequence import Sequence
 from rookery.infer.work import Active, Busy, Closed, Job, Load
 from rookery.models import Model, State
@@ -370,6 +371,11 @@ class Engine:
             left -= end - begin
             hidden = active.form.read(self._slots, active.slot, prompt[begin:end])
             active.position = end
+            try:
+                check_numbers(hidden)
+            except NoNumbers as error:
+                self._end(active, "error", error)
+                continue
             if active.request.embed:
                 active.total = active.total + hidden.float().sum(0)
             if active.request.score:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rookery.infer.forms import PREFILL, Form, PlainForm, assign
-from rookery.infer.sampler import Sampling
+from rookery.infer.sampler import Sampling, check_numbers
 from rookery.infer.sequence import Sequence, Tokenizer
 from rookery.models import Model, State
 
@@ -154,6 +154,9 @@ def complete(
 
     Prompts of one length are read together; then all of a batch go on together, and a finished answer leaves it.
     `progress(done, total)` is called in answers.
+
+    Raises:
+        NoNumbers: the model's logits are NaN or infinite.
     """
     answers = [Sequence(tokenizer, sampling) for _prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -166,6 +169,7 @@ def complete(
         state = join([group_state for _logits, group_state in read_groups])
         while True:
             if sampling.greedy:
+                check_numbers(logits)
                 for i, token in zip(live, logits.argmax(-1).tolist(), strict=True):
                     answers[i].accept(token)
             else:

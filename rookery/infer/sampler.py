@@ -19,6 +19,30 @@ ENOUGH = 1024
 """Tokens among which the cut is looked for first."""
 
 
+class NoNumbers(UserError):
+    """Logits are NaN or infinite."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            _(
+                "The model answers with NaN or infinity instead of numbers: its weights, or a state or adapter, hold "
+                "such."
+            )
+        )
+
+
+def check_numbers(logits: Tensor) -> None:
+    """Refuse logits from which nothing can be drawn, or what they are computed of. A logit of minus infinity is that of
+    a token that is never drawn.
+
+    Raises:
+        NoNumbers: some are NaN or infinite.
+    """
+    # The sum, which takes a quarter of the time, is finite in nearly all cases.
+    if not logits.sum().isfinite() and not logits.max().isfinite():
+        raise NoNumbers
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How an answer is drawn and where it ends. The defaults are the `rwkv` package's.
@@ -164,7 +188,11 @@ class Sampler:
         Args:
             logits: `(V,)`; left as they are.
             allowed: the only tokens that may be chosen, `(V,)` bool; None allows all.
+
+        Raises:
+            NoNumbers: some of `logits` are none.
         """
+        check_numbers(logits)
         sampling = self.sampling
         if sampling.greedy and allowed is None:
             return int(logits.argmax())

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 from rookery.errors import UserError
 from rookery.i18n import _
-from rookery.infer import Closed, Engine, Handle, Piece, Request
+from rookery.infer import Closed, Engine, Handle, NoNumbers, Piece, Request
 from rookery.serve.errors import ApiError
 from rookery.serve.metrics import Metrics
 from rookery.serve.mounts import Mounts
@@ -264,7 +264,7 @@ class Job:
             while going_on:
                 index, piece = await arrived.get()
                 if isinstance(piece, UserError):
-                    raise ApiError(400, str(piece)) from piece
+                    raise ApiError(500 if isinstance(piece, NoNumbers) else 400, str(piece)) from piece
                 if isinstance(piece, Exception):
                     raise ApiError(500, _("The model failed; the server's log says why.")) from piece
                 if piece is None:

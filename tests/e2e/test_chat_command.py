@@ -166,6 +166,7 @@ def test_options_change_the_answer_as_they_say(rookery, talker) -> None:
         (["{talker}", "--top-p", "3"], "1", "top_p is 3.0"),
         (["{talker}", "--think", "hard"], "1", "--think hard: expected one of none, quick"),
         (["{talker}", "--dtype", "int3"], "1", "int3 is none of auto, fp32"),
+        (["{talker}", "--device", "tpu"], "1", "There is no device tpu here that PyTorch can use, only auto, cpu"),
         (["{talker}", "--load", "absent"], "1", "Cannot read the conversation absent"),
         (["{talker}", "--tokenizer", "world"], "1", "belongs to another model"),
         (["{lonely}"], "1", "--tokenizer FILE"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rookery.errors import UserError
-from rookery.infer import Sampler, Sampling, probabilities
+from rookery.infer import NoNumbers, Sampler, Sampling, probabilities
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "sampling.json").read_text(encoding="utf-8"))
 
@@ -97,3 +97,21 @@ def test_seeds_reproduce_and_frequencies_are_right() -> None:
 def test_impossible_settings_are_named(name, value) -> None:
     with pytest.raises(UserError, match=f"{name} is {value}"):
         Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_nothing_is_drawn_from_what_is_no_number(number) -> None:
+    logits = torch.zeros(2000)
+    logits[1234] = number
+    for settings in (
+        {"temperature": 0, "alpha_presence": 0, "alpha_frequency": 0},
+        {"temperature": 0},
+        {},
+        {"top_k": 3},
+    ):
+        with pytest.raises(NoNumbers, match="NaN or infinity"):
+            Sampler(Sampling(**settings), text_of).draw(logits)
+    for large in (-torch.inf, 3e38, -3e38):
+        logits[:] = 0
+        logits[:1000] = large
+        assert (Sampler(Sampling(), text_of).draw(logits) < 1000) == (large > 0)

@@ -103,6 +103,33 @@ def test_files_that_are_no_states_are_refused_and_never_run(babbling, babbler, t
     assert [entry["id"] for entry in babbling.http.get("/v1/states").json()["data"]] == ["poet"]
 
 
+def test_a_state_that_is_no_number_harms_nobody_else(babbling, babbler) -> None:
+    file = babbler / "states" / "broken.pth"
+    state = {name: tensor.clone() for name, tensor in read_weights(babbler / "states" / "poet.pth").items()}
+    state["blocks.0.att.time_state"][0, 1, 2] = float("nan")
+    torch.save(state, file)
+    running = babbling.client.completions.create(model="babbler", prompt="Once", max_tokens=100_000, stream=True)
+    try:
+        next(running)
+        assert babbling.http.post("/v1/states", json={"name": "broken", "file": file.name}).status_code == 200
+        asked = {"model": "babbler", "extra_body": {"state": "broken"}}
+        for ask in (
+            lambda: babbling.client.completions.create(prompt="a", **asked),
+            lambda: babbling.client.completions.create(prompt="abc", echo=True, max_tokens=0, logprobs=1, **asked),
+            lambda: babbling.client.embeddings.create(input="abc", **asked),
+            lambda: list(babbling.client.completions.create(prompt="a", stream=True, **asked)),
+        ):
+            with pytest.raises(openai.APIError, match="NaN or infinity"):
+                ask()
+        assert all(next(running).choices[0].text for _chunk in range(100))
+    finally:
+        running.close()
+        babbling.http.delete("/v1/states/broken")
+        file.unlink()
+    babbling.wait_until(slots_active=0, accepted=0)
+    assert babbling.errors == ""
+
+
 def test_paths_stay_in_the_folder(babbling, babbler) -> None:
     link = babbler / "states" / "link.pth"
     link.symlink_to(babbler / "outside.pth")
