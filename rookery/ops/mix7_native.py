@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rookery.ops import native
 from rookery.ops.backend import Call, tracked
-from rookery.ops.native import array_of, bounds_of, chunks_of, transposed, work_of
+from rookery.ops.native import array_of, bounds_of, chunks_of, outgrow_caches, transposed, work_of
 from rookery.ops.packed import Packing
 
 
@@ -65,17 +65,19 @@ class _Mix7(torch.autograd.Function):
 
         *inputs, parameters, y, u, starts = ctx.saved_tensors
         _, H, N = y.shape
-        G = dfinal.clone(memory_format=torch.contiguous_format)
+        G = transposed(dfinal)
         grads = [torch.empty_like(x) for x in inputs]
         dparameters = y.new_zeros(len(G), *parameters.shape)
         dflat = dout.reshape(y.shape).contiguous()
-        arrays = (array_of(x) for x in (*inputs, parameters, y, u, starts, dflat, G, *grads, dparameters))
-        share_out(mix7_numba.backward, work_of(ctx.bounds, H), static(N), ctx.bounds, ctx.chunks, *arrays, ctx.eps)
+        arrays = [array_of(x) for x in (*inputs, parameters, y, u, starts, dflat, G)]
+        out = [array_of(x) for x in (*grads, dparameters)]
+        work, far = work_of(ctx.bounds, H), outgrow_caches(grads)
+        share_out(mix7_numba.backward, work, static(N), ctx.bounds, ctx.chunks, *arrays, far, *out, ctx.eps)
         dparameters = dparameters.sum(dim=0).to(dout.dtype).unbind(dim=1)
         return (
             None,
             None,
             *(grad.view(dout.shape) for grad in grads),
             *(grad.reshape(shape) for grad, shape in zip(dparameters, ctx.shapes, strict=True)),
-            G,
+            G.mT,
         )

@@ -9,29 +9,34 @@ from __future__ import annotations
 import numpy as np
 
 from rookery.ops.jit import inner, outer
-from rookery.ops.rows_numba import call_for, copy, every, lanes, read, room, write
+from rookery.ops.rows_numba import call_for, copy, every, lanes, put, read, room, write
 from rookery.ops.simd import fma, total
 from rookery.ops.wkv7_numba import (
     CHUNK,
-    PRODUCTS,
+    MORE,
     ROWS,
-    SLOPE,
+    SPAN,
     SUMS,
     A,
     B,
-    D,
     K,
+    P,
     R,
     U,
     V,
     Y,
-    complete,
+    again,
+    begin_back,
+    copy_state,
     decay,
+    enter,
     keep,
     prepare_back,
-    rows_back,
     step,
+    step_back,
     weighted_rows,
+    with_decay,
+    without_decay,
 )
 
 ZERO, ONE = np.float32(0), np.float32(1)  # an integer would turn the arithmetic into double precision
@@ -40,9 +45,9 @@ SMALLEST = np.float32(1e-12)
 K_K, K_A, R_K, LN_WEIGHT, LN_BIAS = range(5)
 """Rows of the parameters of a head."""
 
-MORE_R, MORE_K, MORE_V = range(3)
-"""Rows of what the steps behind the recurrence add to the gradients of a token."""
-MORE = 3
+ADD_R, ADD_K, ADD_V, OF_G = range(4)
+"""Rows of what the steps behind the recurrence add to the gradients of a token, and the gradient of its gate."""
+ADDED = 4
 
 
 @inner
@@ -65,8 +70,8 @@ def removal(size, k, a, p, x, at):
 
 
 @inner
-def removal_back(size, k, a, p, inverse, dx, at, more, dk, da, dp):
-    """Gradients of k and a, and what this token adds to those of the parameters."""
+def removal_back(size, k, a, p, inverse, dx, at, added, dp):
+    """Rows K and A of the gradients become those of k and a; and what this token adds to those of the parameters."""
     n, N = lanes(size), len(size)
     one, scale = every(n, ONE), every(n, inverse)
     sum = every(n, ZERO)
@@ -76,11 +81,11 @@ def removal_back(size, k, a, p, inverse, dx, at, more, dk, da, dp):
     along = every(n, total(sum))
     for j in range(0, N, len(n)):
         key, rate, k_k, k_a = read(n, k, j), read(n, a, j), read(n, p, K_K * N + j), read(n, p, K_A * N + j)
-        db, dkey = read(n, dx, at + B * N + j), read(n, dx, at + K * N + j) + read(n, more, MORE_K * N + j)
+        db, dkey = read(n, dx, at + B * N + j), read(n, dx, at + K * N + j) + read(n, added, ADD_K * N + j)
         kappa = key * k_k * scale
         dscaled = (db * rate - read(n, dx, at + A * N + j) - kappa * along) * scale
-        write(n, da, j, fma(db, kappa, dkey * key * k_a))
-        write(n, dk, j, fma(dkey, fma(rate - one, k_a, one), dscaled * k_k))
+        write(n, dx, at + A * N + j, fma(db, kappa, dkey * key * k_a))
+        write(n, dx, at + K * N + j, fma(dkey, fma(rate - one, k_a, one), dscaled * k_k))
         write(n, dp, K_K * N + j, fma(dscaled, key, read(n, dp, K_K * N + j)))
         write(n, dp, K_A * N + j, fma(dkey * key, rate - one, read(n, dp, K_A * N + j)))
 
@@ -115,9 +120,8 @@ def finish(size, x, at, g, p, eps, out):
 
 
 @inner
-def finish_back(size, dout, y, x, at, g, p, eps, more, dg, dp):
-    """Row Y of a token, now the gradient of y; `more`; the gradient of g; and what it adds to those of the
-    parameters."""
+def finish_back(size, dout, y, x, at, g, p, eps, added, dp):
+    """Row Y of a token, now the gradient of y; `added`; and what it adds to those of the parameters."""
     n, N = lanes(size), len(size)
     mean, deviation = moments(size, y, 0, eps)
     middle, scale, part = every(n, mean), every(n, deviation), every(n, ONE / np.float32(N))
@@ -137,21 +141,21 @@ def finish_back(size, dout, y, x, at, g, p, eps, more, dg, dp):
         normal = (read(n, y, j) - middle) * scale
         dz = of_dout * read(n, g, j)
         write(n, x, at + Y * N + j, scale * (dz * weight - mean_d - normal * mean_dy))
-        write(n, dg, j, of_dout * fma(normal, weight, fma(bonus, v, read(n, p, LN_BIAS * N + j))))
-        write(n, more, MORE_V * N + j, dz * bonus)
-        write(n, more, MORE_R * N + j, dbonus * key * r_k)
-        write(n, more, MORE_K * N + j, dbonus * r * r_k)
+        write(n, added, OF_G * N + j, of_dout * fma(normal, weight, fma(bonus, v, read(n, p, LN_BIAS * N + j))))
+        write(n, added, ADD_V * N + j, dz * bonus)
+        write(n, added, ADD_R * N + j, dbonus * key * r_k)
+        write(n, added, ADD_K * N + j, dbonus * r * r_k)
         write(n, dp, R_K * N + j, fma(dbonus * r, key, read(n, dp, R_K * N + j)))
         write(n, dp, LN_WEIGHT * N + j, fma(dz, normal, read(n, dp, LN_WEIGHT * N + j)))
         write(n, dp, LN_BIAS * N + j, read(n, dp, LN_BIAS * N + j) + dz)
 
 
 @inner
-def add(size, x, i, y, j, out):
-    """out = a row of `x` from i on + one of `y` from j on."""
+def add(size, x, i, y, j):
+    """A row of `x` from i on += one of `y` from j on."""
     n = lanes(size)
     for o in range(0, len(size), len(n)):
-        write(n, out, o, read(n, x, i + o) + read(n, y, j + o))
+        write(n, x, i + o, read(n, x, i + o) + read(n, y, j + o))
 
 
 @outer
@@ -159,8 +163,8 @@ def forward(first, last, size, bounds, chunks, r, w, k, v, a, g, parameters, S, 
     """As in `wkv7_numba`; `starts` may have no chunks, and y and u no tokens."""
     (T, H, _), N = r.shape, len(size)
     eps = np.float32(eps64)
-    x, slopes = room(S, (CHUNK + 1) * ROWS * N), room(S, N)
-    x[:] = 0
+    x, z = room(S, ROWS * N), room(S, MORE * N)
+    enter(size, x)
     for piece in range(first, last):
         i, h = piece // H, piece % H
         p, state = parameters[h].reshape(5 * N), S[i, h].reshape(N * N)
@@ -170,14 +174,15 @@ def forward(first, last, size, bounds, chunks, r, w, k, v, a, g, parameters, S, 
             if len(starts):
                 keep(size, state, starts[c, h].reshape(N * N))
             for n in range(count):
-                t, at = begin + n, ROWS * N * n
-                decay(size, w[t, h], x, at + D * N, slopes, 0)
+                t, at = begin + n, N * (n + 1)
+                decay(size, w[t, h], x, at, z, 0)
                 removal(size, k[t, h], a[t, h], p, x, at)
                 copy(size, r[t, h], 0, x, at + R * N)
                 copy(size, v[t, h], 0, x, at + V * N)
-            weighted_rows(size, state, x, 0)
+                without_decay(size, x, at, z, 0)
+            weighted_rows(size, state, x, N)
             for n in range(count):
-                t, at = begin + n, ROWS * N * n
+                t, at = begin + n, N * (n + 1)
                 later = min(t + CHUNK, T - 1)
                 call_for(size, r[later, h])
                 call_for(size, w[later, h])
@@ -191,66 +196,73 @@ def forward(first, last, size, bounds, chunks, r, w, k, v, a, g, parameters, S, 
                     call_for(size, u[t, h])
                 step(size, state, x, at)
             for n in range(count):
-                t, at = begin + n, ROWS * N * n
+                t, at = begin + n, N * (n + 1)
                 finish(size, x, at, g[t, h], p, eps, out[t, h])
                 if len(y):
                     copy(size, x, at + U * N, u[t, h], 0)
                     copy(size, x, at + Y * N, y[t, h], 0)
+            with_decay(size, x, N * count, state, 0, 0)
 
 
 @outer
 def backward(
     first, last, size, bounds, chunks,
-    r, w, k, v, a, g, parameters, y, u, starts, dout, G, dr, dw, dk, dv, da, dg, dparameters, eps64,
+    r, w, k, v, a, g, parameters, y, u, starts, dout, G, far, dr, dw, dk, dv, da, dg, dparameters, eps64,
 ):  # fmt: skip
     """As in `wkv7_numba`; `dparameters` (B, H, 5, N) are added to."""
     H, N = r.shape[1], len(size)
     eps = np.float32(eps64)
-    x, dx, states = room(G, CHUNK * ROWS * N), room(G, CHUNK * ROWS * N), room(G, CHUNK * 4 * N)
-    z, sums, inverses = room(G, CHUNK * PRODUCTS * N), room(G, CHUNK * SUMS), room(G, CHUNK)
-    more = room(G, CHUNK * MORE * N).reshape((CHUNK, MORE * N))
+    x, dx, flow = room(G, ROWS * N), room(G, ROWS * N), room(G, N)
+    z, sums, inverses = room(G, CHUNK * MORE * N), room(G, CHUNK * SUMS), room(G, CHUNK)
+    gradient, state = room(G, (CHUNK // SPAN + 1) * N * N), room(G, N * N)
+    added = room(G, CHUNK * ADDED * N).reshape((CHUNK, ADDED * N))
+    enter(size, x)
     for piece in range(first, last):
         i, h = piece // H, piece % H
-        p, dp, gradient = parameters[h].reshape(5 * N), dparameters[i, h].reshape(5 * N), G[i, h].reshape(N * N)
+        p, dp = parameters[h].reshape(5 * N), dparameters[i, h].reshape(5 * N)
+        copy_state(size, G[i, h].reshape(N * N), gradient)
         for c in range(chunks[i + 1] - 1, chunks[i] - 1, -1):
             begin = bounds[i] + (c - chunks[i]) * CHUNK
             count = min(CHUNK, bounds[i + 1] - begin)
             for n in range(count):
-                t, at = begin + n, ROWS * N * n
-                decay(size, w[t, h], x, at + D * N, z, PRODUCTS * N * n + SLOPE * N)
+                t, at = begin + n, N * (n + 1)
+                decay(size, w[t, h], x, at, z, MORE * N * n)
                 inverses[n] = removal(size, k[t, h], a[t, h], p, x, at)
                 copy(size, r[t, h], 0, x, at + R * N)
                 copy(size, v[t, h], 0, x, at + V * N)
                 copy(size, u[t, h], 0, x, at + U * N)
-                finish_back(size, dout[t, h], y[t, h], x, at, g[t, h], p, eps, more[n], dg[t, h], dp)
-                prepare_back(size, x, z, sums, n)
-            dx[:] = 0
-            start = starts[c, h].reshape(N * N)
-            for j in range(0, N, 4):
-                for t in range(begin + CHUNK * j // N, min(begin + CHUNK * (j + 4) // N, bounds[i + 1])):
-                    earlier = max(t - CHUNK, 0)
-                    call_for(size, r[earlier, h])
-                    call_for(size, w[earlier, h])
-                    call_for(size, k[earlier, h])
-                    call_for(size, v[earlier, h])
-                    call_for(size, a[earlier, h])
-                    call_for(size, g[earlier, h])
-                    call_for(size, y[earlier, h])
-                    call_for(size, u[earlier, h])
-                    call_for(size, dout[earlier, h])
-                    call_for(size, dg[earlier, h])
-                    call_for(size, dr[t, h])
-                    call_for(size, dw[t, h])
-                    call_for(size, dk[t, h])
-                    call_for(size, dv[t, h])
-                    call_for(size, da[t, h])
-                for row in range(j, j + 4):
-                    call_for(size, starts[max(c - 1, 0), h, row])
-                rows_back(size, start, gradient, x, z, sums, states, dx, count, j)
+                finish_back(size, dout[t, h], y[t, h], x, at, g[t, h], p, eps, added[n], dp)
+                without_decay(size, x, at, z, MORE * N * n)
+                prepare_back(size, x, sums, n)
+            begin_back(size, gradient, x, dx, count)
+            for n in range(count - 1, -1, -1):
+                earlier = max(begin + n - CHUNK, 0)
+                call_for(size, r[earlier, h])
+                call_for(size, w[earlier, h])
+                call_for(size, k[earlier, h])
+                call_for(size, v[earlier, h])
+                call_for(size, a[earlier, h])
+                call_for(size, g[earlier, h])
+                step_back(size, gradient, x, dx, sums, n)
+            copy_state(size, starts[c, h].reshape(N * N), state)
             for n in range(count):
-                t, at = begin + n, ROWS * N * n
-                complete(size, x, z, dx, n)
-                add(size, dx, at + R * N, more[n], MORE_R * N, dr[t, h])
-                add(size, dx, at + V * N, more[n], MORE_V * N, dv[t, h])
-                copy(size, dx, at + D * N, dw[t, h], 0)
-                removal_back(size, k[t, h], a[t, h], p, inverses[n], dx, at, more[n], dk[t, h], da[t, h], dp)
+                t, at = begin + n, N * (n + 1)
+                earlier = max(t - CHUNK, 0)
+                call_for(size, y[earlier, h])
+                call_for(size, u[earlier, h])
+                call_for(size, dout[earlier, h])
+                for row in range(N * n // CHUNK, N * (n + 1) // CHUNK):
+                    call_for(size, starts[max(c - 1, 0), h, row])
+                again(size, state, gradient, x, z, dx, flow, n)
+                removal_back(size, k[t, h], a[t, h], p, inverses[n], dx, at, added[n], dp)
+                add(size, dx, at + R * N, added[n], ADD_R * N)
+                add(size, dx, at + V * N, added[n], ADD_V * N)
+            for n in range(count):
+                t, at = begin + n, N * (n + 1)
+                put(size, far, dx, at + R * N, dr[t, h])
+                put(size, far, dx, at + P * N, dw[t, h])
+                put(size, far, dx, at + K * N, dk[t, h])
+                put(size, far, dx, at + V * N, dv[t, h])
+                put(size, far, dx, at + A * N, da[t, h])
+                put(size, far, added[n], OF_G * N, dg[t, h])
+        copy_state(size, gradient, G[i, h].reshape(N * N))

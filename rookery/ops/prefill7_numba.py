@@ -11,9 +11,44 @@ import numpy as np
 from rookery.ops.decode7_numba import finish, layer_norm, prepare, squashed, take_value
 from rookery.ops.jit import inner, outer
 from rookery.ops.products_numba import at
-from rookery.ops.rows_numba import room
+from rookery.ops.rows_numba import each, every, room, wide_lanes, write
+from rookery.ops.rows_numba import read as vector
 from rookery.ops.simd import BYTES, fma, load, load_as, positive, store, store_as
-from rookery.ops.wkv7_numba import CHUNK, ROWS, A, B, D, K, R, V, Y, step, weighted_rows
+
+CHUNK = 16
+"""Tokens whose rows there is room for."""
+
+R, D, K, V, A, B, U, Y = range(8)
+"""Rows of a token: what the recurrence reads, with its decays; u = S a; the output."""
+ROWS = 8
+
+
+@inner
+def weighted_rows(size, S, x, at):
+    """u = S^T a of a token, the state being [key, value]."""
+    n, N = wide_lanes(size), len(size)
+    for j in range(0, N, len(n)):
+        sum = every(n, x.dtype.type(0))
+        for i in range(N):
+            sum = fma(each(n, x, at + A * N + i), vector(n, S, N * i + j), sum)
+        write(n, x, at + U * N + j, sum)
+
+
+@inner
+def step(size, S, x, at):
+    """Advance the state, [key, value], by one token in place and read it: y = S^T r, and u of the next token."""
+    n, N = wide_lanes(size), len(size)
+    for j in range(0, N, len(n)):
+        u, v = vector(n, x, at + U * N + j), vector(n, x, at + V * N + j)
+        of_r = of_a = every(n, x.dtype.type(0))
+        for i in range(N):
+            b, k, d = each(n, x, at + B * N + i), each(n, x, at + K * N + i), each(n, x, at + D * N + i)
+            s = fma(u, b, fma(v, k, vector(n, S, N * i + j) * d))
+            write(n, S, N * i + j, s)
+            of_r = fma(s, each(n, x, at + R * N + i), of_r)
+            of_a = fma(s, each(n, x, at + (ROWS + A) * N + i), of_a)
+        write(n, x, at + Y * N + j, of_r)
+        write(n, x, at + (ROWS + U) * N + j, of_a)
 
 
 @inner

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.extending import models, register_model
 
 from rookery.ops.jit import inner, intrinsic
-from rookery.ops.simd import LINE, Vector, fill, from_bf16, halves, of_llvm, prefetch, splat_, to_bf16
+from rookery.ops.simd import LINE, Vector, fill, fma_, from_bf16, halves, of_llvm, prefetch, splat_, to_bf16
 
 
 def _vector(number: Any, lanes: Any) -> Vector:
@@ -36,11 +37,11 @@ def _place(context: Any, builder: ir.IRBuilder, array_type: Any, array: Any, vec
     return builder.bitcast(builder.gep(data, [offset]), stored.as_pointer()), number
 
 
-def _lanes(most: int) -> Any:
+def _lanes(*choices: int) -> Any:
     @intrinsic
     def lanes(typing, size):
         """`static(n)` for the numbers of a vector in rows of `static(N)`, N being a multiple of 4."""
-        n = next(n for n in (most, 16, 4) if len(size) % n == 0)
+        n = next(n for n in choices if len(size) % n == 0)
 
         def code(context, builder, signature, args):
             return context.get_constant_undef(signature.return_type)
@@ -50,9 +51,11 @@ def _lanes(most: int) -> Any:
     return lanes
 
 
-lanes = _lanes(16)
-wide_lanes = _lanes(32)
+lanes = _lanes(16, 4)
+wide_lanes = _lanes(32, 16, 4)
 """For loops that use a number for many columns."""
+portion = _lanes(32, 48, 16, 4)
+"""The part of a row, as a row of its own, that a loop keeps in registers together with three others."""
 
 
 @intrinsic
@@ -86,8 +89,9 @@ def stream(typing, lanes, row, j, value):
     """`write` past the caches, to a multiple of the size of a vector."""
 
     def code(context, builder, signature, args):
-        place, _ = _place(context, builder, row, args[1], value, args[2])
-        stored = builder.store(args[3], place, align=len(lanes) * row.dtype.bitwidth // 8)
+        place, number = _place(context, builder, row, args[1], value, args[2])
+        numbers = to_bf16(builder, args[3]) if row.dtype == types.uint16 else args[3]
+        stored = builder.store(numbers, place, align=len(lanes) * number)
         stored.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
         return context.get_dummy_value()
 
@@ -145,17 +149,6 @@ def totals(typing, a, b, c, d):
 
 
 @intrinsic
-def spread(typing, lanes, value, place):
-    """A vector of the number at `static(place)` in another."""
-
-    def code(context, builder, signature, args):
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), [len(place)] * len(lanes))
-        return builder.shuffle_vector(args[1], ir.Constant(value.llvm, ir.Undefined), mask)
-
-    return _vector(value.number, lanes)(lanes, value, place), code
-
-
-@intrinsic
 def absolute(typing, x):
     return x(x), lambda context, builder, signature, args: of_llvm(builder, "fabs", args[0])
 
@@ -171,41 +164,93 @@ def where_positive(typing, x, y, z):
     return x(x, x, x), code
 
 
+class Row(types.Type):
+    """The Numba type of a whole row of numbers as vectors, for loops that keep it in registers."""
+
+    def __init__(self, vector: Vector, count: int) -> None:
+        super().__init__(name=f"{count}x{vector.name}")
+        self.vector, self.count = vector, count
+
+
+@register_model(Row)
+class _RowModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, ir.ArrayType(fe_type.vector.llvm, fe_type.count))
+
+
+def _row(size: Any, number: Any) -> Row:
+    width = 16 if len(size) % 16 == 0 else 4
+    return Row(Vector(number, width), len(size) // width)
+
+
+def _places(context: Any, builder: ir.IRBuilder, array_type: Any, array: Any, start: Any, row: Row) -> Any:
+    for n in range(row.count):
+        at = builder.add(start, ir.IntType(64)(n * row.vector.llvm.count))
+        yield _place(context, builder, array_type, array, row.vector, at)
+
+
 @intrinsic
-def transpose(typing, lanes, x, i, stride, out, j, out_stride):
-    """out[j + out_stride c + m] = x[i + stride m + c] for c below 4 and m below the numbers of a vector; both arrays
-    are exact."""
-    vector, word = _vector(x.dtype, lanes), ir.IntType(64)
+def read_row(typing, size, x, i):
+    """The row of `static(N)` numbers from i on in an exact array of one dimension."""
+    row = _row(size, x.dtype)
 
     def code(context, builder, signature, args):
-        _lanes, x_value, i, stride, out_value, j, out_stride = args
-        rows = []
-        for m in range(len(lanes)):
-            start = builder.add(i, builder.mul(stride, word(m)))
-            place, align = _place(context, builder, x, x_value, Vector(vector.number, 4), start)
-            rows.append(builder.load(place, align=align))
-        a, b, c, d = (_joined(builder, rows[m::4]) for m in range(4))
-        low, high = (0, 4, 1, 5), (2, 6, 3, 7)
-        columns = [
-            _pick(builder, _pick(builder, a, b, *half), _pick(builder, c, d, *half), *places)
-            for half in (low, high)
-            for places in ((0, 1, 4, 5), (2, 3, 6, 7))
-        ]
-        for n, column in enumerate(columns):
-            start = builder.add(j, builder.mul(out_stride, word(n)))
-            place, align = _place(context, builder, out, out_value, vector, start)
-            builder.store(column, place, align=align)
+        made = ir.Constant(ir.ArrayType(row.vector.llvm, row.count), ir.Undefined)
+        for n, (place, align) in enumerate(_places(context, builder, x, args[1], args[2], row)):
+            made = builder.insert_value(made, builder.load(place, align=align), n)
+        return made
+
+    return row(size, x, types.int64), code
+
+
+@intrinsic
+def write_row(typing, size, x, i, row):
+    """Set the numbers from i on of an exact array of one dimension."""
+
+    def code(context, builder, signature, args):
+        for n, (place, align) in enumerate(_places(context, builder, x, args[1], args[2], row)):
+            builder.store(builder.extract_value(args[3], n), place, align=align)
         return context.get_dummy_value()
 
-    return types.void(lanes, x, types.int64, types.int64, out, types.int64, types.int64), code
+    return types.void(size, x, types.int64, row), code
 
 
-def _joined(builder: ir.IRBuilder, parts: list[Any]) -> Any:
-    """One vector of several, whose number is a power of two."""
-    while len(parts) > 1:
-        mask = ir.Constant(ir.VectorType(ir.IntType(32), 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
-        parts = [builder.shuffle_vector(*pair, mask) for pair in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
+@intrinsic
+def no_row(typing, size, like):
+    """A row of zeros, of the numbers of an array."""
+    row = _row(size, like.dtype)
+    zero = fill(row.vector.llvm.element, 0.0, row.vector.llvm.count)
+    return row(size, like), lambda context, builder, signature, args: ir.Constant(
+        ir.ArrayType(row.vector.llvm, row.count), [zero] * row.count
+    )
+
+
+@intrinsic
+def fma_row(typing, row, times, plus):
+    """row * times + plus, `times` being a vector for all parts of the row."""
+
+    def code(context, builder, signature, args):
+        made = args[2]
+        for n in range(row.count):
+            part, more = builder.extract_value(args[0], n), builder.extract_value(args[2], n)
+            made = builder.insert_value(made, fma_(builder, part, args[1], more), n)
+        return made
+
+    return row(row, times, row), code
+
+
+@intrinsic
+def along(typing, a, b):
+    """The vector whose numbers have the sum of the products of two rows."""
+
+    def code(context, builder, signature, args):
+        parts = [[builder.extract_value(x, n) for x in args] for n in range(a.count)]
+        made = builder.fmul(*parts[0])
+        for x, y in parts[1:]:
+            made = fma_(builder, x, y, made)
+        return made
+
+    return a.vector(a, a), code
 
 
 @inner
@@ -214,6 +259,23 @@ def copy(size, x, i, out, j):
     w = lanes(size)
     for o in range(0, len(size), len(w)):
         write(w, out, j + o, read(w, x, i + o))
+
+
+@inner
+def past(size, x, i, out, j):
+    """`copy` past the caches: it spares them, and reading what is overwritten."""
+    w = lanes(size)
+    for o in range(0, len(size), len(w)):
+        stream(w, out, j + o, read(w, x, i + o))
+
+
+@inner
+def put(size, far, x, i, out):
+    """A row of `x` from i on into `out`, past the caches if `far`."""
+    if far:
+        past(size, x, i, out, 0)
+    else:
+        copy(size, x, i, out, 0)
 
 
 @intrinsic

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rookery.ops.backend import exact_dtype, tracked
-from rookery.ops.native import array_of, bounds_of, chunks_of, loop_dtype, transposed, work_of
+from rookery.ops.native import array_of, bounds_of, chunks_of, loop_dtype, outgrow_caches, transposed, work_of
 from rookery.ops.packed import Packing
 
 LOG_DECAY_SCALE = -math.exp(-0.5)
@@ -65,9 +65,11 @@ class _WKV7(torch.autograd.Function):
         from rookery.ops.jit import share_out, static
 
         r, w, k, v, a, b, u, starts = ctx.saved_tensors
-        G = dfinal.clone(memory_format=torch.contiguous_format)
+        G = transposed(dfinal)
         grads = [torch.empty_like(r) for _ in range(6)]
         _, H, N = r.shape
-        arrays = (array_of(x) for x in (r, w, k, v, a, b, u, starts, dy.contiguous(), G, *grads))
-        share_out(wkv7_numba.backward, work_of(ctx.bounds, H), static(N), ctx.bounds, ctx.chunks, *arrays)
-        return None, *grads, G
+        arrays = [array_of(x) for x in (r, w, k, v, a, b, u, starts, dy.contiguous(), G)]
+        out = [array_of(x) for x in grads]
+        work, far = work_of(ctx.bounds, H), outgrow_caches(grads)
+        share_out(wkv7_numba.backward, work, static(N), ctx.bounds, ctx.chunks, *arrays, far, *out)
+        return None, *grads, G.mT

@@ -1,15 +1,20 @@
 """Loops of `wkv7_native`, compiled by Numba.
 
 Arrays of tokens are C-contiguous (T, H, N) in fp64, fp32 or bf16; all others are in the precision of the arithmetic.
-States are (B, H, N, N). Sequence i of B is made of the tokens bounds[i] to bounds[i + 1] - 1 of T, and of the chunks
-from chunks[i] on. A piece of work is one head of one sequence.
+States are (B, H, N, N), [key, value], and so are their gradients. Sequence i of B is made of the tokens bounds[i] to
+bounds[i + 1] - 1 of T, and of the chunks from chunks[i] on. A piece of work is one head of one sequence.
 
-The forward pass keeps a state as [key, value], where both its sums go down the columns. The rows of [value, key], which
-the backward pass uses, do not depend on each other: four of them at a time go through a chunk, and what belongs to them
-stays in the fastest cache. What comes next is called for from memory while a chunk is computed.
+Inside a chunk a state is kept without its decay: with P the product of the decays since the chunk began, the state is
+S diag(P), and S takes part in nothing but sums of products with r P, a P of the token before, k / P and b / P. That is
+two multiply-adds an element of the state and token less, forwards and backwards. P is never below 1 / 16000.
 
-A chunk is one array `x` of CHUNK times ROWS rows of N numbers; `at` is where a token begins in it. Its gradients `dx`
-have the same form.
+The backward pass takes the gradient of the state back through a chunk first, which gives du, dv, dk and db without any
+state; then the state forward again, which gives dr and da of the dy and du. No state or gradient between tokens is kept
+for the other pass. What a decay does to the loss follows from both, see `complete`.
+
+A chunk is one array `x` of ROWS rows of N numbers, all tokens' r, then all tokens' a, and so on; `at` is where a token
+begins in the first of them. The first place is that of the token before the chunk, with P = 1. Gradients `dx` have the
+same form. What comes next is called for from memory while a chunk is computed.
 """
 
 from __future__ import annotations
@@ -17,259 +22,283 @@ from __future__ import annotations
 from rookery.ops.jit import inner, outer
 from rookery.ops.rows_numba import (
     absolute,
+    along,
     call_for,
     copy,
     each,
     every,
+    fma_row,
     lanes,
+    no_row,
+    past,
+    portion,
+    put,
     read,
+    read_row,
     room,
-    spread,
-    stream,
     totals,
-    transpose,
     where_positive,
-    wide_lanes,
     write,
+    write_row,
 )
-from rookery.ops.simd import exp, fma, total
+from rookery.ops.simd import exp, fma
 from rookery.ops.wkv7_native import LOG_DECAY_SCALE
 
 CHUNK = 16
+SPAN = 8
+"""Tokens of a chunk, and those after which `complete` begins anew."""
 
-R, D, K, V, A, B, U, Y = range(8)
-"""Rows of a token: what `wkv7` reads, with the decays; u = S a; the output, or its gradient."""
-ROWS = 8
+PLACES = CHUNK + 2
+"""Of tokens in a row of rows: those of a chunk, the one before and the one after."""
+R, A, K, B, V, U, Y, P = range(0, 8 * PLACES, PLACES)
+"""Where rows of tokens begin: what `wkv7` reads, with P the product of the decays; u = S a; the output, or its
+gradient."""
+ROWS = 8 * PLACES
 
-SLOPE, D_R, D_K, D_B = range(4)
-"""Rows of what `prepare_back` makes for a token: the derivatives of its decays by w, and its decays times r, and times
-k and b of the token before."""
-PRODUCTS = 4
+SLOPE, INVERSE = range(2)
+"""Rows of what else `decay` makes of a token: the derivative of the logarithm of its decay by w, and 1 / P."""
+MORE = 2
 
-R_K, R_B, A_K, A_B, DR_K, DR_B = range(6)
-"""Products of rows of a token: r . k, r . b, and a and d r with k and b of the token before."""
-SUMS = 6
+R_K, R_B, A_K, A_B = range(4)
+"""Products of rows of a token: r . k, r . b, and a with k and b of the token before."""
+SUMS = 4
 
-ZEROTH, FIRST, SECOND, THIRD, FOUR = (), (None,), (None,) * 2, (None,) * 3, (None,) * 4
+FOUR = (None,) * 4
 
 
 @inner
-def decay(size, w, x, d, z, slope):
-    """A row of decays exp(-exp(-1/2) sigmoid(w)), to d in `x`, and of their derivatives by w, to `slope` in `z`."""
-    n = lanes(size)
+def enter(size, x):
+    """An empty chunk."""
+    x[:] = 0
+    x[P * len(size) : (P + 1) * len(size)] = 1
+
+
+@inner
+def decay(size, w, x, at, z, o):
+    """Row P of a token, and its rows from o on of `z`."""
+    n, N = lanes(size), len(size)
     zeros, one, scale = every(n, x.dtype.type(0)), every(n, x.dtype.type(1)), every(n, x.dtype.type(LOG_DECAY_SCALE))
-    for j in range(0, len(size), len(n)):
+    for j in range(0, N, len(n)):
         of_w = read(n, w, j)
         e = exp(zeros - absolute(of_w))
         more = one / (one + e)
         less = e * more
-        value = exp(scale * where_positive(of_w, more, less))
-        write(n, x, d + j, value)
+        product = exp(scale * where_positive(of_w, more, less)) * read(n, x, at + (P - 1) * N + j)
+        write(n, x, at + P * N + j, product)
+        write(n, z, o + INVERSE * N + j, one / product)
         # sigmoid (1 - sigmoid) as a product that keeps its digits where the sigmoid is all but 1.
-        write(n, z, slope + j, scale * value * (more * less))
+        write(n, z, o + SLOPE * N + j, scale * (more * less))
+
+
+@inner
+def without_decay(size, x, at, z, o):
+    """Rows r, a, k and b of a token, times or divided by P."""
+    n, N = lanes(size), len(size)
+    for j in range(at, at + N, len(n)):
+        product, inverse = read(n, x, j + P * N), read(n, z, o - at + INVERSE * N + j)
+        write(n, x, j + R * N, read(n, x, j + R * N) * product)
+        write(n, x, j + A * N, read(n, x, j + A * N) * read(n, x, j + (P - 1) * N))
+        write(n, x, j + K * N, read(n, x, j + K * N) * inverse)
+        write(n, x, j + B * N, read(n, x, j + B * N) * inverse)
 
 
 @inner
 def weighted_rows(size, S, x, at):
-    """u = S^T a of a token, the state being [key, value]."""
-    n, N = wide_lanes(size), len(size)
-    for j in range(0, N, len(n)):
-        sum = every(n, x.dtype.type(0))
-        for i in range(N):
-            sum = fma(each(n, x, at + A * N + i), read(n, S, N * i + j), sum)
-        write(n, x, at + U * N + j, sum)
+    """u = S^T a of a token."""
+    n, N = lanes(size), len(size)
+    sum = no_row(size, x)
+    for i in range(N):
+        sum = fma_row(read_row(size, S, N * i), each(n, x, at + A * N + i), sum)
+    write_row(size, x, at + U * N, sum)
 
 
 @inner
 def step(size, S, x, at):
-    """Advance the state, [key, value], by one token in place and read it: y = S^T r, and u of the next token."""
-    n, N = wide_lanes(size), len(size)
-    for j in range(0, N, len(n)):
-        u, v = read(n, x, at + U * N + j), read(n, x, at + V * N + j)
-        of_r = of_a = every(n, x.dtype.type(0))
+    """Advance the state by one token in place and read it: y = S^T r, and u of the next token."""
+    n, part, N = lanes(size), portion(size), len(size)
+    for j in range(0, N, len(part)):
+        u, v = read_row(part, x, at + U * N + j), read_row(part, x, at + V * N + j)
+        of_r = of_a = no_row(part, x)
         for i in range(N):
-            b, k, d = each(n, x, at + B * N + i), each(n, x, at + K * N + i), each(n, x, at + D * N + i)
-            s = fma(u, b, fma(v, k, read(n, S, N * i + j) * d))
-            write(n, S, N * i + j, s)
-            of_r = fma(s, each(n, x, at + R * N + i), of_r)
-            of_a = fma(s, each(n, x, at + (ROWS + A) * N + i), of_a)
-        write(n, x, at + Y * N + j, of_r)
-        write(n, x, at + (ROWS + U) * N + j, of_a)
+            s = fma_row(v, each(n, x, at + K * N + i), read_row(part, S, N * i + j))
+            s = fma_row(u, each(n, x, at + B * N + i), s)
+            write_row(part, S, N * i + j, s)
+            of_r = fma_row(s, each(n, x, at + R * N + i), of_r)
+            of_a = fma_row(s, each(n, x, at + (A + 1) * N + i), of_a)
+        write_row(part, x, at + Y * N + j, of_r)
+        write_row(part, x, at + (U + 1) * N + j, of_a)
 
 
 @inner
 def keep(size, S, start):
     """Copy a state that is not needed again soon."""
-    n = lanes(size)
-    for o in range(0, len(size) * len(size), len(n)):
-        stream(n, start, o, read(n, S, o))
+    for o in range(0, len(size) * len(size), len(size)):
+        past(size, S, o, start, o)
 
 
 @inner
-def four(n, x, j):
-    """A vector of each of four numbers."""
-    return each(n, x, j), each(n, x, j + 1), each(n, x, j + 2), each(n, x, j + 3)
+def with_decay(size, x, at, S, i, o):
+    """A state, or the gradient of one, times P of a token, from i on to o on in S."""
+    n, N = lanes(size), len(size)
+    none = no_row(size, x)
+    for key in range(N):
+        product = each(n, x, at + P * N + key)
+        write_row(size, S, o + N * key, fma_row(read_row(size, S, i + N * key), product, none))
 
 
 @inner
-def dot(size, x, i, j):
-    n = lanes(size)
-    sum = every(n, x.dtype.type(0))
-    for o in range(0, len(size), len(n)):
-        sum = fma(read(n, x, i + o), read(n, x, j + o), sum)
-    return total(sum)
-
-
-@inner
-def prepare_back(size, x, z, sums, n):
-    """What is needed of token n of a chunk for each four rows."""
+def prepare_back(size, x, sums, n):
+    """Sums of token n of a chunk."""
     w, N = lanes(size), len(size)
-    at, p = ROWS * N * n, PRODUCTS * N * n
-    before = max(at - ROWS * N, 0)
-    r_k = r_b = a_k = a_b = dr_k = dr_b = every(w, x.dtype.type(0))
-    for i in range(0, N, len(w)):
-        d, r, a = read(w, x, at + D * N + i), read(w, x, at + R * N + i), read(w, x, at + A * N + i)
-        k, b = read(w, x, before + K * N + i), read(w, x, before + B * N + i)
-        dr = d * r
-        write(w, z, p + D_R * N + i, dr)
-        write(w, z, p + D_K * N + i, d * k)
-        write(w, z, p + D_B * N + i, d * b)
-        r_k, r_b = fma(r, read(w, x, at + K * N + i), r_k), fma(r, read(w, x, at + B * N + i), r_b)
-        a_k, a_b, dr_k, dr_b = fma(a, k, a_k), fma(a, b, a_b), fma(dr, k, dr_k), fma(dr, b, dr_b)
+    at = N * (n + 1)
+    r_k = r_b = a_k = a_b = every(w, x.dtype.type(0))
+    for j in range(at, at + N, len(w)):
+        r, a = read(w, x, j + R * N), read(w, x, j + A * N)
+        r_k, r_b = fma(r, read(w, x, j + K * N), r_k), fma(r, read(w, x, j + B * N), r_b)
+        a_k, a_b = fma(a, read(w, x, j + (K - 1) * N), a_k), fma(a, read(w, x, j + (B - 1) * N), a_b)
     write(FOUR, sums, SUMS * n, totals(r_k, r_b, a_k, a_b))
-    sums[SUMS * n + DR_K], sums[SUMS * n + DR_B] = total(dr_k), total(dr_b)
 
 
 @inner
-def replay(size, states, before, x, at, j):
-    """Four rows, from j on, of the state after a token: from `before` in `states` to behind it."""
+def begin_back(size, G, x, dx, count):
+    """The gradient of the state behind a chunk of `count` tokens, where `step_back` takes it up, and what it gives to
+    dv and du of the last token. G: room for CHUNK / SPAN + 1 states; the gradient comes and goes in the first."""
     n, N = lanes(size), len(size)
-    after = before + 4 * N
-    u0, u1, u2, u3 = four(n, x, at + U * N + j)
-    v0, v1, v2, v3 = four(n, x, at + V * N + j)
-    for i in range(0, N, len(n)):
-        d, k, b = read(n, x, at + D * N + i), read(n, x, at + K * N + i), read(n, x, at + B * N + i)
-        write(n, states, after + i, fma(u0, b, fma(v0, k, read(n, states, before + i) * d)))
-        write(n, states, after + N + i, fma(u1, b, fma(v1, k, read(n, states, before + N + i) * d)))
-        write(n, states, after + 2 * N + i, fma(u2, b, fma(v2, k, read(n, states, before + 2 * N + i) * d)))
-        write(n, states, after + 3 * N + i, fma(u3, b, fma(v3, k, read(n, states, before + 3 * N + i) * d)))
+    at, last = N * count, N * N * (count // SPAN)
+    with_decay(size, x, at, G, 0, last)
+    of_k = of_b = no_row(size, x)
+    for i in range(N):
+        g = read_row(size, G, last + N * i)
+        of_k, of_b = fma_row(g, each(n, x, at + K * N + i), of_k), fma_row(g, each(n, x, at + B * N + i), of_b)
+    write_row(size, dx, at + V * N, of_k)
+    write_row(size, dx, at + U * N, of_b)
 
 
 @inner
-def products(size, G, g, x, at):
-    """G x for the four rows of G from g on."""
+def key_back(size, G, after, before, x, at, y, e, v, u, of_k, of_b):
+    """`step_back` for one key, whose row of the gradient goes from `after` to `before` in G; `at` is its place in the
+    rows of the token. Returns parts of its dk and db, and `of_k` and `of_b` with what it adds to them."""
     n, N = lanes(size), len(size)
-    sum0 = sum1 = sum2 = sum3 = every(n, x.dtype.type(0))
-    for i in range(0, N, len(n)):
-        of_x = read(n, x, at + i)
-        sum0, sum1 = fma(read(n, G, g + i), of_x, sum0), fma(read(n, G, g + N + i), of_x, sum1)
-        sum2, sum3 = fma(read(n, G, g + 2 * N + i), of_x, sum2), fma(read(n, G, g + 3 * N + i), of_x, sum3)
-    return totals(sum0, sum1, sum2, sum3)
+    g = fma_row(y, each(n, x, at + R * N), read_row(size, G, after))
+    of_k = fma_row(g, each(n, x, at + (K - 1) * N), of_k)
+    of_b = fma_row(g, each(n, x, at + (B - 1) * N), of_b)
+    write_row(size, G, before, fma_row(e, each(n, x, at + A * N), g))
+    return along(g, v), along(g, u), of_k, of_b
 
 
 @inner
-def read_gradient(size, G, g, x, at, z, p, dx, j):
-    """What four rows from j on of the gradient of the state after a token, from g in `G` on, add to the token's dk and
-    db; and their products with D_K and D_B."""
-    n, N = lanes(size), len(size)
-    u0, u1, u2, u3 = four(n, x, at + U * N + j)
-    v0, v1, v2, v3 = four(n, x, at + V * N + j)
-    k0 = k1 = k2 = k3 = b0 = b1 = b2 = b3 = every(n, x.dtype.type(0))
-    for i in range(0, N, len(n)):
-        g0, g1 = read(n, G, g + i), read(n, G, g + N + i)
-        g2, g3 = read(n, G, g + 2 * N + i), read(n, G, g + 3 * N + i)
-        k, b, o = read(n, z, p + D_K * N + i), read(n, z, p + D_B * N + i), at + i
-        k0, k1, k2, k3 = fma(g0, k, k0), fma(g1, k, k1), fma(g2, k, k2), fma(g3, k, k3)
-        b0, b1, b2, b3 = fma(g0, b, b0), fma(g1, b, b1), fma(g2, b, b2), fma(g3, b, b3)
-        write(n, dx, o + K * N, fma(v3, g3, fma(v2, g2, fma(v1, g1, fma(v0, g0, read(n, dx, o + K * N))))))
-        write(n, dx, o + B * N, fma(u3, g3, fma(u2, g2, fma(u1, g1, fma(u0, g0, read(n, dx, o + B * N))))))
-    return totals(k0, k1, k2, k3), totals(b0, b1, b2, b3)
+def step_back(size, G, x, dx, sums, n):
+    """The gradient of the state back over token n: du, dv, dk and db.
 
-
-@inner
-def step_back(size, S, s, G, g, x, at, z, p, e, dx, j):
-    """What four rows from j on of the state before a token, from s in `S` on, and of the gradient after it add to the
-    token's dr, dd and da; then the gradient before the token. e: the gradient of four of the token's u."""
-    n, N = lanes(size), len(size)
-    y0, y1, y2, y3 = four(n, x, at + Y * N + j)
-    e0, e1, e2, e3 = spread(n, e, ZEROTH), spread(n, e, FIRST), spread(n, e, SECOND), spread(n, e, THIRD)
-    for i in range(0, N, len(n)):
-        s0, s1 = read(n, S, s + i), read(n, S, s + N + i)
-        s2, s3 = read(n, S, s + 2 * N + i), read(n, S, s + 3 * N + i)
-        g0, g1 = read(n, G, g + i), read(n, G, g + N + i)
-        g2, g3 = read(n, G, g + 2 * N + i), read(n, G, g + 3 * N + i)
-        o = at + i
-        write(n, dx, o + R * N, fma(s3, y3, fma(s2, y2, fma(s1, y1, fma(s0, y0, read(n, dx, o + R * N))))))
-        write(n, dx, o + D * N, fma(s3, g3, fma(s2, g2, fma(s1, g1, fma(s0, g0, read(n, dx, o + D * N))))))
-        write(n, dx, o + A * N, fma(s3, e3, fma(s2, e2, fma(s1, e1, fma(s0, e0, read(n, dx, o + A * N))))))
-        d, a, dr = read(n, x, o + D * N), read(n, x, o + A * N), read(n, z, p + D_R * N + i)
-        write(n, G, g + i, fma(e0, a, fma(y0, dr, g0 * d)))
-        write(n, G, g + N + i, fma(e1, a, fma(y1, dr, g1 * d)))
-        write(n, G, g + 2 * N + i, fma(e2, a, fma(y2, dr, g2 * d)))
-        write(n, G, g + 3 * N + i, fma(e3, a, fma(y3, dr, g3 * d)))
-
-
-@inner
-def rows_back(size, start, G, x, z, sums, states, dx, count, j):
-    """Four rows, from j on, of state and gradient back through the `count` tokens of a chunk.
-
-    The parts of dr, dd, dk and db in which neither state nor gradient occurs are left to `complete`.
-
-    With g = G + dy r^T behind the token's output, the gradients of v and u are g k and g b. Between the tokens G
-    becomes g d + du a^T, so that the next one's are a sum of products with this G: they need not wait for it.
-
-    Args:
-        start: state before the chunk, [key, value]. G: gradient of that behind it, [value, key], then of that before.
-        x, z, sums: of the tokens, as `prepare_back` left them. dx: added to. states: room for (CHUNK, 4, N) numbers.
+    With g = G + r dy^T behind the token's output, the gradients of v and u are g^T k and g^T b. Before the token G is
+    g + a du^T, so that those of the token before begin with sums of products with this g, taken in the same pass.
     """
-    n, N = lanes(size), len(size)
-    for i in range(0, N, len(n)):
-        transpose(n, start, N * i + j, N, states, i, N)
-    for m in range(count - 1):
-        replay(size, states, 4 * N * m, x, ROWS * N * m, j)
-    m, g = count - 1, N * j
-    at = ROWS * N * m
-    y = read(FOUR, x, at + Y * N + j)
-    dv = fma(y, each(FOUR, sums, SUMS * m + R_K), products(size, G, g, x, at + K * N))
-    du = fma(y, each(FOUR, sums, SUMS * m + R_B), products(size, G, g, x, at + B * N))
-    while True:
-        write(FOUR, dx, at + V * N + j, dv)
-        of_k, of_b = read_gradient(size, G, g, x, at, z, PRODUCTS * N * m, dx, j)
-        step_back(size, states, 4 * N * m, G, g, x, at, z, PRODUCTS * N * m, du, dx, j)
-        if m == 0:
-            break
-        dv = fma(du, each(FOUR, sums, SUMS * m + A_K), fma(y, each(FOUR, sums, SUMS * m + DR_K), of_k))
-        du = fma(du, each(FOUR, sums, SUMS * m + A_B), fma(y, each(FOUR, sums, SUMS * m + DR_B), of_b))
-        m -= 1
-        at -= ROWS * N
-        y = read(FOUR, x, at + Y * N + j)
-        dv = fma(y, each(FOUR, sums, SUMS * m + R_K), dv)
-        du = fma(y, each(FOUR, sums, SUMS * m + R_B), du)
+    w, N = lanes(size), len(size)
+    at, sum, after, before = N * (n + 1), SUMS * n, N * N * ((n + 1) // SPAN), N * N * (n // SPAN)
+    y, u, v = read_row(size, x, at + Y * N), read_row(size, x, at + U * N), read_row(size, x, at + V * N)
+    e = fma_row(y, each(w, sums, sum + R_B), read_row(size, dx, at + U * N))
+    write_row(size, dx, at + U * N, e)
+    write_row(size, dx, at + V * N, fma_row(y, each(w, sums, sum + R_K), read_row(size, dx, at + V * N)))
+    of_k = fma_row(e, each(w, sums, sum + A_K), no_row(size, x))
+    of_b = fma_row(e, each(w, sums, sum + A_B), no_row(size, x))
+    for i in range(0, N, 4):
+        o, g, f = at + i, after + N * i, before + N * i
+        k0, b0, of_k, of_b = key_back(size, G, g, f, x, o, y, e, v, u, of_k, of_b)
+        k1, b1, of_k, of_b = key_back(size, G, g + N, f + N, x, o + 1, y, e, v, u, of_k, of_b)
+        k2, b2, of_k, of_b = key_back(size, G, g + 2 * N, f + 2 * N, x, o + 2, y, e, v, u, of_k, of_b)
+        k3, b3, of_k, of_b = key_back(size, G, g + 3 * N, f + 3 * N, x, o + 3, y, e, v, u, of_k, of_b)
+        write(FOUR, dx, o + K * N, totals(k0, k1, k2, k3))
+        write(FOUR, dx, o + B * N, totals(b0, b1, b2, b3))
+    write_row(size, dx, at + (V - 1) * N, of_k)
+    write_row(size, dx, at + (U - 1) * N, of_b)
 
 
 @inner
-def complete(size, x, z, dx, n):
-    """With q = S dy: dr = q d + b (u . dy) + k (v . dy); and dd, dk and db are of g = G + dy r^T."""
+def key_again(size, S, o, x, at, y, e, v, u):
+    """`step_again` for one key, whose row is at o in the state. Returns parts of its da and dr."""
+    n, N = lanes(size), len(size)
+    before = read_row(size, S, o)
+    after = fma_row(u, each(n, x, at + B * N), fma_row(v, each(n, x, at + K * N), before))
+    write_row(size, S, o, after)
+    return along(before, e), along(after, y)
+
+
+@inner
+def step_again(size, S, x, dx, n):
+    """The state over token n in place: da = S du of the one before, dr = S dy of the one after."""
+    N = len(size)
+    at = N * (n + 1)
+    y, u, v = read_row(size, x, at + Y * N), read_row(size, x, at + U * N), read_row(size, x, at + V * N)
+    e = read_row(size, dx, at + U * N)
+    for i in range(0, N, 4):
+        o, s = at + i, N * i
+        a0, r0 = key_again(size, S, s, x, o, y, e, v, u)
+        a1, r1 = key_again(size, S, s + N, x, o + 1, y, e, v, u)
+        a2, r2 = key_again(size, S, s + 2 * N, x, o + 2, y, e, v, u)
+        a3, r3 = key_again(size, S, s + 3 * N, x, o + 3, y, e, v, u)
+        write(FOUR, dx, o + A * N, totals(a0, a1, a2, a3))
+        write(FOUR, dx, o + R * N, totals(r0, r1, r2, r3))
+
+
+@inner
+def flow_of(size, S, G, g, flow):
+    """What `complete` begins with: for each key the sum of the products of state and gradient, the latter from g on."""
+    N = len(size)
+    for i in range(0, N, 4):
+        s = N * i
+        f0 = along(read_row(size, S, s), read_row(size, G, g + s))
+        f1 = along(read_row(size, S, s + N), read_row(size, G, g + s + N))
+        f2 = along(read_row(size, S, s + 2 * N), read_row(size, G, g + s + 2 * N))
+        f3 = along(read_row(size, S, s + 3 * N), read_row(size, G, g + s + 3 * N))
+        write(FOUR, flow, i, totals(f0, f1, f2, f3))
+
+
+@inner
+def complete(size, x, z, dx, flow, n):
+    """Gradients of r, w, k, a and b of token n.
+
+    That of a decay's logarithm is the sum of the products of the state before the token and the gradient behind its
+    output. `flow` is such a sum between tokens. It changes by products that are there already: what the token reads
+    (a . da, r . dr) leaves it, what the token writes (k . dk, b . db) enters. As their errors add up, it begins anew
+    every SPAN tokens.
+    """
     w, N = lanes(size), len(size)
-    at = ROWS * N * n
-    of_u = every(w, dot(size, x, at + U * N, at + Y * N))
-    of_v = every(w, dot(size, x, at + V * N, at + Y * N))
+    at, more = N * (n + 1), MORE * N * n
     for i in range(0, N, len(w)):
         o = at + i
-        r, q, slope = read(w, x, o + R * N), read(w, dx, o + R * N), read(w, z, PRODUCTS * N * n + SLOPE * N + i)
-        d, k, b = read(w, x, o + D * N), read(w, x, o + K * N), read(w, x, o + B * N)
-        write(w, dx, o + D * N, fma(q, r, read(w, dx, o + D * N)) * slope)
-        write(w, dx, o + K * N, fma(r, of_v, read(w, dx, o + K * N)))
-        write(w, dx, o + B * N, fma(r, of_u, read(w, dx, o + B * N)))
-        write(w, dx, o + R * N, fma(q, d, fma(b, of_u, k * of_v)))
+        inverse, before = read(w, z, more + INVERSE * N + i), read(w, x, o + (P - 1) * N)
+        dr, da, dk, db = read(w, dx, o + R * N), read(w, dx, o + A * N), read(w, dx, o + K * N), read(w, dx, o + B * N)
+        dlog = read(w, flow, i) - read(w, x, o + A * N) * da
+        after = fma(read(w, x, o + B * N), db, fma(read(w, x, o + K * N), dk, dlog)) - read(w, x, o + R * N) * dr
+        write(w, flow, i, after)
+        write(w, dx, o + P * N, dlog * read(w, z, more + SLOPE * N + i))
+        write(w, dx, o + R * N, dr * read(w, x, o + P * N))
+        write(w, dx, o + A * N, da * before)
+        write(w, dx, o + K * N, dk * inverse)
+        write(w, dx, o + B * N, db * inverse)
+
+
+@inner
+def again(size, S, G, x, z, dx, flow, n):
+    """Token n in the second half of the backward pass."""
+    if n % SPAN == 0:
+        flow_of(size, S, G, len(size) * len(size) * (n // SPAN), flow)
+    step_again(size, S, x, dx, n)
+    complete(size, x, z, dx, flow, n)
+
+
+@inner
+def copy_state(size, S, out):
+    for o in range(0, len(size) * len(size), len(size)):
+        copy(size, S, o, out, o)
 
 
 @outer
 def forward(first, last, size, bounds, chunks, r, w, k, v, a, b, S, y, u, starts):
-    """`S`, [key, value], goes from the initial to the final state; `starts` (chunks, H, N, N) may have no chunks."""
+    """`S` goes from the initial to the final state; `starts` (chunks, H, N, N) may have no chunks."""
     (T, H, _), N = r.shape, len(size)
-    x, slopes = room(S, (CHUNK + 1) * ROWS * N), room(S, N)
-    x[:] = 0
+    x, z = room(S, ROWS * N), room(S, MORE * N)
+    enter(size, x)
     for piece in range(first, last):
         i, h = piece // H, piece % H
         state = S[i, h].reshape(N * N)
@@ -279,16 +308,17 @@ def forward(first, last, size, bounds, chunks, r, w, k, v, a, b, S, y, u, starts
             if len(starts):
                 keep(size, state, starts[c, h].reshape(N * N))
             for n in range(count):
-                t, at = begin + n, ROWS * N * n
-                decay(size, w[t, h], x, at + D * N, slopes, 0)
+                t, at = begin + n, N * (n + 1)
+                decay(size, w[t, h], x, at, z, 0)
                 copy(size, r[t, h], 0, x, at + R * N)
-                copy(size, k[t, h], 0, x, at + K * N)
-                copy(size, v[t, h], 0, x, at + V * N)
                 copy(size, a[t, h], 0, x, at + A * N)
+                copy(size, k[t, h], 0, x, at + K * N)
                 copy(size, b[t, h], 0, x, at + B * N)
-            weighted_rows(size, state, x, 0)
+                copy(size, v[t, h], 0, x, at + V * N)
+                without_decay(size, x, at, z, 0)
+            weighted_rows(size, state, x, N)
             for n in range(count):
-                t, at = begin + n, ROWS * N * n
+                t, at = begin + n, N * (n + 1)
                 later = min(t + CHUNK, T - 1)
                 call_for(size, r[later, h])
                 call_for(size, w[later, h])
@@ -301,59 +331,61 @@ def forward(first, last, size, bounds, chunks, r, w, k, v, a, b, S, y, u, starts
                 step(size, state, x, at)
                 copy(size, x, at + U * N, u[t, h], 0)
                 copy(size, x, at + Y * N, y[t, h], 0)
+            with_decay(size, x, N * count, state, 0, 0)
 
 
 @outer
-def backward(first, last, size, bounds, chunks, r, w, k, v, a, b, u, starts, dy, G, dr, dw, dk, dv, da, db):
-    """`G`, [value, key], goes from the gradient of the final to that of the initial state."""
+def backward(first, last, size, bounds, chunks, r, w, k, v, a, b, u, starts, dy, G, far, dr, dw, dk, dv, da, db):
+    """`G` goes from the gradient of the final to that of the initial state. far: whether the gradients of tokens are
+    more than the caches can hold."""
     H, N = r.shape[1], len(size)
-    x, dx, states = room(G, CHUNK * ROWS * N), room(G, CHUNK * ROWS * N), room(G, CHUNK * 4 * N)
-    z, sums = room(G, CHUNK * PRODUCTS * N), room(G, CHUNK * SUMS)
+    x, dx, flow = room(G, ROWS * N), room(G, ROWS * N), room(G, N)
+    z, sums = room(G, CHUNK * MORE * N), room(G, CHUNK * SUMS)
+    gradient, state = room(G, (CHUNK // SPAN + 1) * N * N), room(G, N * N)
+    enter(size, x)
     for piece in range(first, last):
         i, h = piece // H, piece % H
-        gradient = G[i, h].reshape(N * N)
+        copy_state(size, G[i, h].reshape(N * N), gradient)
         for c in range(chunks[i + 1] - 1, chunks[i] - 1, -1):
             begin = bounds[i] + (c - chunks[i]) * CHUNK
             count = min(CHUNK, bounds[i + 1] - begin)
             for n in range(count):
-                t, at = begin + n, ROWS * N * n
-                decay(size, w[t, h], x, at + D * N, z, PRODUCTS * N * n + SLOPE * N)
+                t, at = begin + n, N * (n + 1)
+                decay(size, w[t, h], x, at, z, MORE * N * n)
                 copy(size, r[t, h], 0, x, at + R * N)
-                copy(size, k[t, h], 0, x, at + K * N)
-                copy(size, v[t, h], 0, x, at + V * N)
                 copy(size, a[t, h], 0, x, at + A * N)
+                copy(size, k[t, h], 0, x, at + K * N)
                 copy(size, b[t, h], 0, x, at + B * N)
+                copy(size, v[t, h], 0, x, at + V * N)
                 copy(size, u[t, h], 0, x, at + U * N)
                 copy(size, dy[t, h], 0, x, at + Y * N)
-                prepare_back(size, x, z, sums, n)
-            dx[:] = 0
-            start = starts[c, h].reshape(N * N)
-            for j in range(0, N, 4):
-                for t in range(begin + CHUNK * j // N, min(begin + CHUNK * (j + 4) // N, bounds[i + 1])):
-                    earlier = max(t - CHUNK, 0)
-                    call_for(size, r[earlier, h])
-                    call_for(size, w[earlier, h])
-                    call_for(size, k[earlier, h])
-                    call_for(size, v[earlier, h])
-                    call_for(size, a[earlier, h])
-                    call_for(size, b[earlier, h])
-                    call_for(size, u[earlier, h])
-                    call_for(size, dy[earlier, h])
-                    call_for(size, dr[t, h])
-                    call_for(size, dw[t, h])
-                    call_for(size, dk[t, h])
-                    call_for(size, dv[t, h])
-                    call_for(size, da[t, h])
-                    call_for(size, db[t, h])
-                for row in range(j, j + 4):
-                    call_for(size, starts[max(c - 1, 0), h, row])
-                rows_back(size, start, gradient, x, z, sums, states, dx, count, j)
+                without_decay(size, x, at, z, MORE * N * n)
+                prepare_back(size, x, sums, n)
+            begin_back(size, gradient, x, dx, count)
+            for n in range(count - 1, -1, -1):
+                earlier = max(begin + n - CHUNK, 0)
+                call_for(size, r[earlier, h])
+                call_for(size, w[earlier, h])
+                call_for(size, k[earlier, h])
+                call_for(size, v[earlier, h])
+                call_for(size, a[earlier, h])
+                step_back(size, gradient, x, dx, sums, n)
+            copy_state(size, starts[c, h].reshape(N * N), state)
             for n in range(count):
-                t, at = begin + n, ROWS * N * n
-                complete(size, x, z, dx, n)
-                copy(size, dx, at + R * N, dr[t, h], 0)
-                copy(size, dx, at + D * N, dw[t, h], 0)
-                copy(size, dx, at + K * N, dk[t, h], 0)
-                copy(size, dx, at + V * N, dv[t, h], 0)
-                copy(size, dx, at + A * N, da[t, h], 0)
-                copy(size, dx, at + B * N, db[t, h], 0)
+                t, at = begin + n, N * (n + 1)
+                earlier = max(t - CHUNK, 0)
+                call_for(size, b[earlier, h])
+                call_for(size, u[earlier, h])
+                call_for(size, dy[earlier, h])
+                for row in range(N * n // CHUNK, N * (n + 1) // CHUNK):
+                    call_for(size, starts[max(c - 1, 0), h, row])
+                again(size, state, gradient, x, z, dx, flow, n)
+            for n in range(count):
+                t, at = begin + n, N * (n + 1)
+                put(size, far, dx, at + R * N, dr[t, h])
+                put(size, far, dx, at + P * N, dw[t, h])
+                put(size, far, dx, at + K * N, dk[t, h])
+                put(size, far, dx, at + V * N, dv[t, h])
+                put(size, far, dx, at + A * N, da[t, h])
+                put(size, far, dx, at + B * N, db[t, h])
+        copy_state(size, gradient, G[i, h].reshape(N * N))
