@@ -227,6 +227,16 @@ def _kind(source: Source) -> str:
 def _check_fit(kind: str, target: str, source: Source) -> None:
     if target == "rwkv" and kind != "state":
         raise UserError(_("{path} is no state; the rwkv package reads a model as a .pth", path=source.path))
+    parts = {found[1] for name in source.shapes if (found := split(name))} if target == "st" else set()
+    if parts - {"lora_A", "lora_B"}:
+        raise UserError(
+            _(
+                "{path} is more than a LoRA: Ai00 would leave out {parts} and answer wrongly; rookery merge puts it into "
+                "its model",
+                path=source.path,
+                parts=", ".join(sorted(parts - {"lora_A", "lora_B"})),
+            )
+        )
     if target not in ("gguf", "hf"):
         return
     if kind != "model":

@@ -158,6 +158,15 @@ def test_adapters_there_and_back(tmp_path: Path) -> None:
     same(read_weights(tmp_path / "back.pth"), adapter)
 
 
+@pytest.mark.parametrize("part", ["lora_magnitude_vector", "init_lora_A", "disha", "bone"])
+def test_ai00_gets_no_adapter_of_which_it_knows_half(part, tmp_path: Path) -> None:
+    tensors = {f"blocks.0.att.key.{name}": torch.ones(4, 64) for name in ("lora_A", "lora_B", part)}
+    write_pth(tmp_path / "adapter.pth", tensors)
+    with pytest.raises(UserError, match=f"Ai00 would leave out {part}"):
+        convert(tmp_path / "adapter.pth", tmp_path / "adapter.st")
+    assert not (tmp_path / "adapter.st").exists()
+
+
 def test_the_description_of_an_adapter_survives(tmp_path: Path) -> None:
     tensors = {"blocks.0.att.key.lora_A": torch.ones(4, 64), "blocks.0.att.key.lora_B": torch.ones(64, 4)}
     config = AdapterConfig("lora", r=4, alpha=32.0, targets=("att.key",))
