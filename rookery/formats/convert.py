@@ -231,8 +231,8 @@ def _check_fit(kind: str, target: str, source: Source) -> None:
     if parts - {"lora_A", "lora_B"}:
         raise UserError(
             _(
-                "{path} is more than a LoRA: Ai00 would leave out {parts} and answer wrongly; rookery merge puts it into "
-                "its model",
+                "{path} is more than a LoRA: Ai00 would leave out {parts} and answer wrongly; rookery merge puts it "
+                "into its model",
                 path=source.path,
                 parts=", ".join(sorted(parts - {"lora_A", "lora_B"})),
             )
