@@ -23,6 +23,9 @@ FEWEST_ROWS = 16
 LARGEST = 1 << 22
 """Numbers of a weight up to which our own loop is the faster one."""
 
+ALONE = 1 << 25
+"""Multiplications up to which one thread is done before a second one would have begun."""
+
 
 class Adapter(nn.Module):
     """What fine-tuning adds to the product of a frozen `Linear`, zero at first."""
@@ -129,10 +132,11 @@ def _looped(x: Tensor, weight: Tensor) -> Tensor:
     (M, K), (row, step) = rows.shape, rows.stride()
     N, (weight_row, weight_step) = weight.shape[0], weight.stride()
     out = x.new_empty(*x.shape[:-1], N)
-    share_out(
-        linear_numba.product, linear_numba.pieces(M, N), M, N, K, rows.data_ptr(), 4 * row, 4 * step,
-        weight.data_ptr(), 4 * weight_step, 4 * weight_row, out.data_ptr(),
-    )  # fmt: skip
+    sizes = (M, N, K, rows.data_ptr(), 4 * row, 4 * step, weight.data_ptr(), 4 * weight_step, 4 * weight_row)
+    if M * N * K < ALONE:
+        linear_numba.product(0, linear_numba.pieces(M, N), *sizes, out.data_ptr())
+    else:
+        share_out(linear_numba.product, linear_numba.pieces(M, N), *sizes, out.data_ptr())
     return out
 
 
