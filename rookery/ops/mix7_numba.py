@@ -25,14 +25,16 @@ from rookery.ops.wkv7_numba import (
     U,
     V,
     Y,
-    again,
     begin_back,
+    complete,
     copy_state,
     decay,
     enter,
+    flow_of,
     keep,
     prepare_back,
     step,
+    step_again,
     step_back,
     weighted_rows,
     with_decay,
@@ -245,18 +247,21 @@ def backward(
                 call_for(size, g[earlier, h])
                 step_back(size, gradient, x, dx, sums, n)
             copy_state(size, starts[c, h].reshape(N * N), state)
-            for n in range(count):
-                t, at = begin + n, N * (n + 1)
-                earlier = max(t - CHUNK, 0)
-                call_for(size, y[earlier, h])
-                call_for(size, u[earlier, h])
-                call_for(size, dout[earlier, h])
-                for row in range(N * n // CHUNK, N * (n + 1) // CHUNK):
-                    call_for(size, starts[max(c - 1, 0), h, row])
-                again(size, state, gradient, x, z, dx, flow, n)
-                removal_back(size, k[t, h], a[t, h], p, inverses[n], dx, at, added[n], dp)
-                add(size, dx, at + R * N, added[n], ADD_R * N)
-                add(size, dx, at + V * N, added[n], ADD_V * N)
+            for span in range(0, count, SPAN):
+                flow_of(size, state, gradient, N * N * (span // SPAN), flow)
+                for n in range(span, min(span + SPAN, count)):
+                    t, at = begin + n, N * (n + 1)
+                    earlier = max(t - CHUNK, 0)
+                    call_for(size, y[earlier, h])
+                    call_for(size, u[earlier, h])
+                    call_for(size, dout[earlier, h])
+                    for row in range(N * n // CHUNK, N * (n + 1) // CHUNK):
+                        call_for(size, starts[max(c - 1, 0), h, row])
+                    step_again(size, state, x, dx, n)
+                    complete(size, x, z, dx, flow, n)
+                    removal_back(size, k[t, h], a[t, h], p, inverses[n], dx, at, added[n], dp)
+                    add(size, dx, at + R * N, added[n], ADD_R * N)
+                    add(size, dx, at + V * N, added[n], ADD_V * N)
             for n in range(count):
                 t, at = begin + n, N * (n + 1)
                 put(size, far, dx, at + R * N, dr[t, h])

@@ -279,15 +279,6 @@ def complete(size, x, z, dx, flow, n):
 
 
 @inner
-def again(size, S, G, x, z, dx, flow, n):
-    """Token n in the second half of the backward pass."""
-    if n % SPAN == 0:
-        flow_of(size, S, G, len(size) * len(size) * (n // SPAN), flow)
-    step_again(size, S, x, dx, n)
-    complete(size, x, z, dx, flow, n)
-
-
-@inner
 def copy_state(size, S, out):
     for o in range(0, len(size) * len(size), len(size)):
         copy(size, S, o, out, o)
@@ -371,15 +362,18 @@ def backward(first, last, size, bounds, chunks, r, w, k, v, a, b, u, starts, dy,
                 call_for(size, a[earlier, h])
                 step_back(size, gradient, x, dx, sums, n)
             copy_state(size, starts[c, h].reshape(N * N), state)
-            for n in range(count):
-                t, at = begin + n, N * (n + 1)
-                earlier = max(t - CHUNK, 0)
-                call_for(size, b[earlier, h])
-                call_for(size, u[earlier, h])
-                call_for(size, dy[earlier, h])
-                for row in range(N * n // CHUNK, N * (n + 1) // CHUNK):
-                    call_for(size, starts[max(c - 1, 0), h, row])
-                again(size, state, gradient, x, z, dx, flow, n)
+            for span in range(0, count, SPAN):
+                flow_of(size, state, gradient, N * N * (span // SPAN), flow)
+                for n in range(span, min(span + SPAN, count)):
+                    t, at = begin + n, N * (n + 1)
+                    earlier = max(t - CHUNK, 0)
+                    call_for(size, b[earlier, h])
+                    call_for(size, u[earlier, h])
+                    call_for(size, dy[earlier, h])
+                    for row in range(N * n // CHUNK, N * (n + 1) // CHUNK):
+                        call_for(size, starts[max(c - 1, 0), h, row])
+                    step_again(size, state, x, dx, n)
+                    complete(size, x, z, dx, flow, n)
             for n in range(count):
                 t, at = begin + n, N * (n + 1)
                 put(size, far, dx, at + R * N, dr[t, h])
