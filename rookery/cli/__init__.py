@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from rookery.errors import Interrupted, UserError, ran_out_of_memory
 from rookery.i18n import LANGUAGES, N_, _, set_language
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 COMMANDS = {
     "demo": N_("Train the arithmetic model from nothing and see it answer"),
@@ -54,10 +55,34 @@ class LazyGroup(TyperGroup):
         super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise Interrupted(_("Interrupted.")) from None
+        with _dropped_interrupts() as dropped:
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                raise Interrupted(_("Interrupted.")) from None
+            except Exception:
+                if dropped:
+                    raise Interrupted(_("Interrupted.")) from None
+                raise
+
+
+@contextmanager
+def _dropped_interrupts() -> Iterator[list[type[BaseException]]]:
+    """What Python drops of Ctrl-C where foreign code calls it back, as Numba's compiler does, which fails after that."""
+    dropped: list[type[BaseException]] = []
+    before = sys.unraisablehook
+
+    def note(found: Any) -> None:
+        if issubclass(found.exc_type, KeyboardInterrupt):
+            dropped.append(found.exc_type)
+        else:
+            before(found)
+
+    sys.unraisablehook = note
+    try:
+        yield dropped
+    finally:
+        sys.unraisablehook = before
 
 
 def load_command(name: str) -> Any:

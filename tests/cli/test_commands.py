@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import types
@@ -88,12 +89,24 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | type[BaseE
     return make
 
 
+class WhileCompiling(RuntimeError):
+    """How a compilation fails into which Ctrl-C fell: Python drops what is raised where foreign code calls it."""
+
+    def __init__(self) -> None:
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        ctypes.CFUNCTYPE(None)(interrupt)()
+        super().__init__("no compiled object yet")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
         (UserError("recipe.toml:3: no"), 2, "recipe.toml:3: no"),
         (Interrupted("Stopped; the same command goes on."), 130, "Stopped; the same command goes on."),
         (KeyboardInterrupt, 130, "Interrupted."),
+        (WhileCompiling, 130, "Interrupted."),
         (PermissionError(13, "denied", "/root/x"), 2, "no permission: /root/x"),
         (typer.Exit(3), 3, ""),
     ],
