@@ -68,7 +68,7 @@ class LazyGroup(TyperGroup):
 
 @contextmanager
 def _dropped_interrupts() -> Iterator[list[type[BaseException]]]:
-    """What Python drops of Ctrl-C where foreign code calls it back, as Numba's compiler does, which fails after that."""
+    """What Python drops of Ctrl-C where foreign code calls it back: Numba's compiler does, and fails after that."""
     dropped: list[type[BaseException]] = []
     before = sys.unraisablehook
 
