@@ -210,6 +210,8 @@ class Terminal:
                     self.answer(self.conversation.ask(text, self.sampling))
             except UserError as error:
                 print(error)
+            except KeyboardInterrupt:  # before the answer began: nothing was said, the conversation is as it was
+                print()
             except typer.Exit:
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,10 +20,10 @@ from safetensors.torch import save_file
 
 from rookery import formats
 from rookery.adapters import AdapterConfig, adapter_tensors, attach
-from rookery.cli.chat import taken
+from rookery.cli.chat import Terminal, taken
 from rookery.errors import UserError
 from rookery.formats import read_weights, write_adapter, write_pth
-from rookery.infer import Conversation, Sampling, Template, form_of, open_model, read
+from rookery.infer import Conversation, Sampling, Template, form_of, open_form, open_model, read
 from rookery.models import ModelShape, create, initialise
 
 posix = pytest.mark.skipif(os.name == "nt", reason="pseudo-terminals are POSIX")
@@ -332,6 +333,24 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(talker) -> None:
     person.type(person.CTRL_D)
     assert person.leaves() == 0
     assert "Traceback" not in person.screen
+
+
+def test_ctrl_c_before_an_answer_begins_keeps_the_conversation(talker, monkeypatch, capsys) -> None:
+    """At the first start that takes seconds, in which loops are compiled."""
+    form, vocabulary = open_form(talker, device="cpu")
+    conversation = Conversation(form, vocabulary)
+    encode, interrupts = vocabulary.encode, [KeyboardInterrupt]
+
+    def interrupted(text: str) -> list[int]:
+        if interrupts:
+            raise interrupts.pop()
+        return encode(text)
+
+    monkeypatch.setattr(vocabulary, "encode", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+2=?\n3+4=?\n/exit\n"))
+    Terminal(talker, conversation, Sampling(temperature=0, max_tokens=5), stats=False).run()
+    assert [message.text for message in conversation.messages if message.role == "user"] == ["3+4=?"]
+    assert "Assistant:" in capsys.readouterr().out
 
 
 def test_a_conversation_of_another_model_is_refused(talker, tmp_path) -> None:
