@@ -1,20 +1,28 @@
 // What the weight files in the folders hold, which fits which, and what can be made of them.
 import { signal } from "@preact/signals";
 import { useEffect } from "preact/hooks";
-import { api, bytes, complain, date, go, html, jobs, link, runs, short, t, toast } from "../core.js";
+import { api, bytes, complain, date, go, html, isActive, jobs, link, runs, short, t, toast } from "../core.js";
 import { Card, Empty, Jobs, ask, methodName } from "../widgets.js";
 
 export const models = signal([]);
 const loading = signal(false);
 let asked = 0;
+let outdated = false;
 
-/** Look at the folders, unless that was done a moment ago. */
+/** Look at the folders, unless that was done a moment ago; `again` looks at what there is from now on. */
 export async function needModels(again = false) {
-  if (loading.value || (!again && Date.now() - asked < 5000)) return;
+  if (loading.value) {
+    outdated ||= again;
+    return;
+  }
+  if (!again && Date.now() - asked < 5000) return;
   loading.value = true;
   try {
-    models.value = await api("models");
-    asked = Date.now();
+    do {
+      outdated = false;
+      asked = Date.now();
+      models.value = await api("models");
+    } while (outdated);
   } catch (error) {
     complain(error);
   } finally {
@@ -69,10 +77,11 @@ const KINDS = [
 ];
 
 export function Models() {
-  useEffect(() => { needModels(); }, []);
   const finished = jobs.value.filter((job) => ["merge", "convert"].includes(job.kind));
   const ended = finished.filter((job) => job.state === "done").length;
-  useEffect(() => { if (ended) needModels(true); }, [ended]);
+  const trained = Object.values(runs.value || {}).filter((run) => !isActive(run)).length;
+  // What there is when the page opens, and when something that writes models ends.
+  useEffect(() => { needModels(true); }, [ended, trained]);
   return html`
     <header class="page-head"><h1>${t("Models")}</h1>
       <div class="row"><button class="button" disabled=${loading.value} onClick=${() => needModels(true)}>${loading.value ? t("Looking…") : t("Look again")}</button></div></header>
