@@ -66,9 +66,8 @@ class CPU7Form:
         self._ends = _stacked(model.ln_out.weight, model.ln_out.bias)
         self._eps = model.shape.group_norm_eps
         self._time_state = model.initial_state(1, torch.empty(0)).wkv
-        self._matrices = np.array([[m.entry() for m in layer.matrices] for layer in self._layers], np.int64)
+        self._matrices = np.array([[m.entry for m in layer.matrices] for layer in self._layers])
         self._vectors = np.stack([layer.vectors for layer in self._layers])
-        self._head_entry = np.array(self._head.entry(), np.int64)
         self._kinds = (KINDS[dtype], KINDS[low], KINDS[dtype])
 
     def again(self) -> CPU7Form:
@@ -83,13 +82,7 @@ class CPU7Form:
         return state
 
     def head(self, hidden: Tensor) -> Tensor:
-        from rookery.ops import products_numba
-        from rookery.ops.jit import share_out, static
-
-        logits = torch.empty(len(hidden), self.shape.vocab_size)
-        arrays = (self._head_entry, hidden.contiguous().numpy(), logits.numpy())
-        share_out(products_numba.rows_of_product, -(-self.shape.vocab_size // 64), static(self._kinds[2]), *arrays)
-        return logits
+        return self._head.few(hidden.contiguous())
 
     def step(self, slots: State, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         from rookery.ops import decode7_numba, products_numba, threads_numba
@@ -111,7 +104,7 @@ class CPU7Form:
             try:
                 share_out(
                     decode7_numba.step, threads, threads, *(static(kind) for kind in self._kinds),
-                    static(self.shape.head_size // 16), self._matrices, self._vectors, self._ends, self._head_entry,
+                    static(self.shape.head_size // 16), self._matrices, self._vectors, self._ends, self._head.entry,
                     np.array(rows, np.int64), *(part.numpy() for part in vars(slots).values()), x.numpy(),
                     *(array.numpy() for array in room), logits.numpy(), self._eps, meeting,
                 )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -30,17 +31,11 @@ UNIT = 16
 FEW = 32
 """Rows from which on oneDNN is faster."""
 
-PIECE = 64
-"""Rows of a weight that `rows_of_product` calls a piece of work."""
-
 LISTED = 100
 """One weight in as many may be listed beside a narrow form; of normally distributed ones it is one in 10,000."""
 
 ALLOCATION = 32 << 20
 """Bytes of memory asked for at a time; what is left of the last is not touched, and so not taken."""
-
-LINE = 64
-"""Bytes of a cache line."""
 
 MOST_EXPONENT = 126
 """Of a power of two that is a normal fp32 number and a row's scale."""
@@ -75,6 +70,8 @@ class Room:
 
     def take(self, *shape: int) -> np.ndarray:
         """Bytes, from the beginning of a cache line on."""
+        from rookery.ops.simd import LINE
+
         size = math.prod(shape)
         if size > len(self._left):
             self._left = np.empty(max(size, ALLOCATION) + LINE, np.uint8)
@@ -118,8 +115,13 @@ class Narrow(NamedTuple):
         places, values = np.empty(listed, np.int32), np.empty(listed, np.uint16)
         share_out(loops.narrow, len(codes), bits, bases, bounds, codes, places, values)
         scales = np.ldexp(np.float32(1), bases - loops.SPREAD)
-        numbers = torch.from_numpy(values).view(torch.bfloat16).float()
-        return cls._make(torch.from_numpy(part) for part in (codes, scales, bounds, places, numbers.numpy()))
+        return cls(
+            torch.from_numpy(codes),
+            torch.from_numpy(scales),
+            torch.from_numpy(bounds),
+            torch.from_numpy(places),
+            torch.from_numpy(values).view(torch.bfloat16).float(),
+        )
 
 
 @dataclass
@@ -150,12 +152,27 @@ class Matrix:
     def kind(self) -> int:
         return KINDS[self.data.dtype]
 
-    def entry(self) -> list[int]:
-        """What the compiled code is told of it."""
+    @cached_property
+    def entry(self) -> np.ndarray:
+        """What the compiled code is told of it: a row of its table of matrices."""
         rows, size = self.data.shape
         scales = self.scales.data_ptr() if self.scales is not None else 0
         narrow = [part.data_ptr() for part in self.narrow] if self.narrow else [0] * len(Narrow._fields)
-        return [self.data.data_ptr(), rows, size, size * self.data.element_size(), scales, *narrow]
+        return np.array([self.data.data_ptr(), rows, size, size * self.data.element_size(), scales, *narrow], np.int64)
+
+    def few(self, x: Tensor) -> Tensor:
+        """x (B, in), fp32 and contiguous, times the weight's transpose; fp32. From FEW rows on `product` is faster."""
+        from rookery.ops import products_numba
+        from rookery.ops.jit import share_out, static
+
+        y = torch.empty(len(x), len(self.data))
+        pieces = -(-len(self.data) // products_numba.PIECE)
+        arrays = (static(self.kind), self.entry, x.numpy(), y.numpy())
+        if self.data.numel() < WORTH_SHARING:
+            products_numba.rows_of_product(0, pieces, *arrays)
+        else:
+            share_out(products_numba.rows_of_product, pieces, *arrays)
+        return y
 
     def product(self, x: Tensor) -> Tensor:
         """x (T, in) times the weight's transpose, in the dtype of `x`."""
@@ -183,30 +200,16 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: Linear, dtype: torch.dtype, room: Room) -> None:
         super().__init__()
         self.matrix = Matrix.of(whole(linear), dtype, room)
-        self._entry = np.array(self.matrix.entry(), np.int64)
         self._compute = torch.bfloat16 if dtype != torch.float32 and fast_bf16() else torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
         """The product of x (..., in), fp32; fp32."""
         rows = x.reshape(-1, x.shape[-1])
-        y = self._few(rows.contiguous()) if len(rows) < FEW else self._many(rows)
+        y = self.matrix.few(rows.contiguous()) if len(rows) < FEW else self._many(rows)
         return y.view(*x.shape[:-1], -1)
 
     def _many(self, x: Tensor) -> Tensor:
         return self.matrix.product(x.to(self._compute)).float()
-
-    def _few(self, x: Tensor) -> Tensor:
-        from rookery.ops import products_numba
-        from rookery.ops.jit import share_out, static
-
-        y = torch.empty(len(x), len(self.matrix.data))
-        arrays = (static(self.matrix.kind), self._entry, x.numpy(), y.numpy())
-        pieces = -(-y.shape[1] // PIECE)
-        if torch.get_num_threads() == 1 or self.matrix.data.numel() < WORTH_SHARING:
-            products_numba.rows_of_product(0, pieces, *arrays)
-        else:
-            share_out(products_numba.rows_of_product, pieces, *arrays)
-        return y
 
 
 class WideEmbedding(nn.Module):

@@ -47,6 +47,9 @@ SPREAD = 64
 """Numbers are multiplied by two to this power before they meet narrow weights, whose exponents are the smallest that
 fp32 has, lest products vanish."""
 
+PIECE = 64
+"""Rows that `rows_of_product` calls a piece of work."""
+
 FOUR, TWO, ONE = (None,) * 4, (None,) * 2, (None,)
 
 
@@ -247,8 +250,8 @@ def product(kind, matrix, first, last, x, y):
 
 @outer
 def rows_of_product(first, last, kind, matrix, x, y):
-    """A piece of work is 64 rows of the matrix."""
-    product(kind, matrix, 64 * first, min(64 * last, matrix[ROWS]), x, y)
+    """A piece of work is PIECE rows of the matrix."""
+    product(kind, matrix, PIECE * first, min(PIECE * last, matrix[ROWS]), x, y)
 
 
 @outer
