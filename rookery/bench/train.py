@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -20,6 +21,7 @@ from rookery.bench.work import FORMULAS, multiplications, peak
 from rookery.formats import write_pth
 from rookery.formats.convert import convert
 from rookery.models import RWKV7
+from rookery.models.rwkv7 import WIRED
 from rookery.train.device import keep_freed_memory
 from rookery.train.loop import Batch
 from rookery.train.optim import build_optimizer, parameter_groups
@@ -30,7 +32,11 @@ from rookery.train.strategies import SingleDevice
 
 RATE, EPS, BETAS = 1e-4, 1e-18, (0.9, 0.99)
 
+PROGRAM = ("matrix products", "recurrence", "elementwise", "head")
+"""What `rookery.ops.loss7` takes the time of, in its order."""
+
 PARTS = {
+    "program": ("_Loss7",),
     "matrix products": ("_Product", "_LowRank", "aten::mm", "aten::addmm", "aten::linear", "aten::matmul"),
     "recurrence": ("_Mix7", "_WKV", "aten::bmm", "aten::linalg_solve_triangular", "aten::cumsum"),
     "head": ("_HeadLoss",),
@@ -43,7 +49,7 @@ PARTS = {
         "_AfterWKV7",
         "aten::native_layer_norm",
     ),
-    "optimiser": ("Optimizer.step", "aten::_foreach", "aten::linalg_vector_norm"),
+    "optimiser": ("Optimizer.step", "aten::_fused_adamw_", "aten::_foreach", "aten::linalg_vector_norm"),
 }
 """Part of a step -> beginnings of the names of the operations that are it, with all that they call."""
 
@@ -201,13 +207,23 @@ def split(step: Callable[[], object], device: str, steps: int = 7) -> dict[str, 
 def _times_of_parts(
     step: Callable[[], object], device: str, activities: Sequence[ProfilerActivity]
 ) -> dict[str, float]:
+    before = _in_programs()
     with profile(activities=activities) as recorded:
         step()
         wait(device)
     spent: dict[str, float] = dict.fromkeys([*PARTS, "rest"], 0.0)
     for event in recorded.events() or ():
         spent[_part(event)] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    spent["rest"] += spent.pop("program")
+    for part, seconds in zip(PROGRAM, _in_programs() - before, strict=True):
+        spent[part] += 1e6 * seconds
+        spent["rest"] -= 1e6 * seconds
     return spent
+
+
+def _in_programs() -> Any:
+    """Seconds by part in the programs of small models."""
+    return sum((wired.program.spent for wired in WIRED.values()), np.zeros(len(PROGRAM)))
 
 
 def _part(event: Any) -> str:

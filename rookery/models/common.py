@@ -157,6 +157,19 @@ class LanguageModel(nn.Module):
         loss = head_loss(x, self.head.weight, targets, trained=trained, chunk=chunk, l2wrap=l2wrap, kernel=self.kernel)
         return loss, after
 
+    def quick_loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        trained: int | None = None,
+        l2wrap: bool = True,
+    ) -> Tensor | None:
+        """`loss` of sequences from their beginning, whose final states nobody asks for, by a program for small models;
+        None where there is none that serves, as without `trained`."""
+        return None
+
     def embed(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What enters the first block, (B, T, C), and what blocks carry on beside it."""
         return self.blocks[0].ln0(F.dropout(self.emb(tokens), self.dropout, self.training)), []

@@ -6,12 +6,17 @@ Architecture: arXiv:2503.14456. Shapes: B batch, T tokens, C width, H heads of N
 from __future__ import annotations
 
 import math
+import weakref
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from rookery.models.common import (
+    Block,
     ChannelMixing,
+    Embedding,
     LanguageModel,
     TimeMixing,
     matrix,
@@ -20,8 +25,9 @@ from rookery.models.common import (
     vector,
 )
 from rookery.models.shape import ModelShape
-from rookery.ops import gates7, low_rank, mix7, relu_square, token_shift
+from rookery.ops import gates7, loss7, low_rank, mix7, relu_square, token_shift
 from rookery.ops.context import Before, through
+from rookery.ops.head_loss import L2WRAP
 from rookery.ops.linear import Linear
 from rookery.ops.packed import Packing
 
@@ -33,6 +39,29 @@ class RWKV7(LanguageModel):
 
     def __init__(self, shape: ModelShape, *, kernel: str = "auto", dropout: float = 0.0) -> None:
         super().__init__(shape, TimeMix, ChannelMix, kernel=kernel, dropout=dropout)
+
+    def quick_loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        trained: int | None = None,
+        l2wrap: bool = True,
+    ) -> Tensor | None:
+        if self.emb.weight.device.type != "cpu" or trained is None or "loss" in vars(self):
+            return None
+        if lengths is None:
+            lengths = torch.full((len(tokens),), tokens.shape[1])
+        wired = WIRED.get(self)
+        if wired is None or not wired.unchanged():
+            wired = WIRED[self] = Wired(self)
+        reason = wired.refuses(tokens, targets, lengths)
+        loss7.report(reason)
+        if reason is not None:
+            return None
+        l2 = L2WRAP if l2wrap else 0.0
+        return wired.program.loss(wired.parameters, tokens, targets, lengths, trained=trained, l2wrap=l2)
 
 
 class TimeMix(TimeMixing):
@@ -130,3 +159,61 @@ class ChannelMix(ChannelMixing):
         set_(self.x_k, 1 - channel ** (self.height() ** 4))
         orthogonal_(self.key.weight, 1.0, generator)
         nn.init.zeros_(self.value.weight)
+
+
+class Wired:
+    """A model together with the program that computes its loss, as long as nothing is added to it or exchanged in it.
+
+    Attributes:
+        program: with the memory that it keeps.
+        parameters: those of the model, in the program's order; none if there is something that the program does not
+            know, such as adapters, packed weights, a tuned state or hooks.
+    """
+
+    def __init__(self, model: RWKV7) -> None:
+        modules = list(model.modules())
+        hooks = [
+            table
+            for module in modules
+            for table in (
+                module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+            )
+        ]  # fmt: skip
+        self._tables: list[dict[Any, Any]] = [
+            *hooks, *(table for module in modules for table in (module._parameters, module._modules)),
+        ]  # fmt: skip
+        self._contents = [[id(x) for x in table.values()] for table in self._tables]
+        plain = all(type(module) in PLAIN for module in modules) and not any(hooks)
+        plain = plain and not any(type(module) is nn.ModuleDict and len(module) for module in modules)
+        plain = plain and all(block.att.time_state is None for block in model.blocks)
+        self._model = weakref.proxy(model)
+        shape, ranks = model.shape, model.shape.ranks
+        self.program = loss7.Program(
+            loss7.Sizes(
+                shape.n_layer, shape.n_embd, shape.n_head, shape.dim_ffn, shape.vocab_size,
+                ranks["w"], ranks["a"], ranks["v"], ranks["g"], model.ln_out.eps, shape.group_norm_eps,
+            )
+        )  # fmt: skip
+        self.parameters = [model.get_parameter(name) for name in loss7.names_of(shape.n_layer)] if plain else []
+
+    def unchanged(self) -> bool:
+        return all(
+            [id(x) for x in table.values()] == content
+            for table, content in zip(self._tables, self._contents, strict=True)
+        )
+
+    def refuses(self, tokens: Tensor, targets: Tensor, lengths: Tensor) -> str | None:
+        """Why the program cannot serve, or None."""
+        model = self._model
+        if not self.parameters:
+            return "the model is not a plain one"
+        if model.grad_cp or model.dropout:
+            return "there is gradient checkpointing or dropout"
+        return loss7.refuses(self.program.sizes, self.parameters, tokens, targets, lengths, model.kernel)
+
+
+PLAIN = (RWKV7, Block, TimeMix, ChannelMix, Linear, Embedding, nn.LayerNorm, nn.GroupNorm, nn.ModuleList, nn.ModuleDict)
+"""Modules that the program knows."""
+
+WIRED: WeakKeyDictionary[RWKV7, Wired] = WeakKeyDictionary()
+"""By model; with it goes the memory that its program keeps."""

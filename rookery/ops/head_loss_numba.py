@@ -56,26 +56,21 @@ def _probability(n, x, shift, j):
     return exp(read(n, x, j) - every(n, shift))
 
 
-@outer
-def rows(first, last, logits, targets, losses, l2wrap64, gradient):
-    """logits (n, V), fp32 or bf16, become their gradients if `gradient`; targets (n); losses (n). A piece of work is a
-    row."""
-    V = logits.shape[1]
-    whole, l2wrap = V // len(MANY) * len(MANY), np.float32(l2wrap64)
-    room = np.empty(len(MANY), np.float32)
-    for row in range(first, last):
-        x, target = logits[row], targets[row]
-        most = _most(x, whole, room)
-        sums = every(MANY, np.float32(0))
-        for j in range(0, whole, len(MANY)):
-            sums = sums + _probability(MANY, x, most, j)
-        rest = every(ONE, np.float32(0))
-        for j in range(whole, V):
-            rest = rest + _probability(ONE, x, most, j)
-        logarithm = most + np.log(total(sums) + total(rest))
-        losses[row] = logarithm - _number(x, target)
-        if not gradient:
-            continue
+@inner
+def loss_of_row(x, target, room, l2wrap, gradient):
+    """The loss of a row of logits, which becomes its gradient if `gradient`; `room` is for as many numbers as MANY."""
+    V = len(x)
+    whole = V // len(MANY) * len(MANY)
+    most = _most(x, whole, room)
+    sums = every(MANY, np.float32(0))
+    for j in range(0, whole, len(MANY)):
+        sums = sums + _probability(MANY, x, most, j)
+    rest = every(ONE, np.float32(0))
+    for j in range(whole, V):
+        rest = rest + _probability(ONE, x, most, j)
+    logarithm = most + np.log(total(sums) + total(rest))
+    loss = logarithm - _number(x, target)
+    if gradient:
         where, own = _where(x, whole, most), total(_probability(ONE, x, logarithm, target))
         of_most = total(_probability(ONE, x, logarithm, where))
         for j in range(0, whole, len(MANY)):
@@ -88,3 +83,13 @@ def rows(first, last, logits, targets, losses, l2wrap64, gradient):
         else:
             write(ONE, x, target, every(ONE, own - np.float32(1)))
         write(ONE, x, where, every(ONE, of_most + most * l2wrap))
+    return loss
+
+
+@outer
+def rows(first, last, logits, targets, losses, l2wrap64, gradient):
+    """logits (n, V), fp32 or bf16, become their gradients if `gradient`; targets (n); losses (n). A piece of work is a
+    row."""
+    l2wrap, room = np.float32(l2wrap64), np.empty(len(MANY), np.float32)
+    for i in range(first, last):
+        losses[i] = loss_of_row(logits[i], targets[i], room, l2wrap, gradient)

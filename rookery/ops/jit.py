@@ -66,6 +66,10 @@ caller from the cache another copy, optimised with the caller, whose sums round 
 and goes on would then not end with the same bits.
 """
 
+part = _compiled(inline="always")
+"""Decorator of a part of a longer function, which becomes one with it before anything is compiled; what is inlined
+later is compiled once more at every level. Its arrays may overlap, so loops belong into `inner` functions."""
+
 function = _compiled(fastmath=FAST, nogil=True)
 """Decorator of a function that compiled code calls, for one that would take long to compile at every place. It must not
 depend on how the compiler orders sums (see `inner`)."""

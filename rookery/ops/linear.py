@@ -110,6 +110,7 @@ def _has_onednn() -> bool:
 
 @cache
 def _has_loop() -> bool:
+    """Whether our own loop runs here, and is faster than what PyTorch has."""
     return numba_installed() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -134,9 +135,9 @@ def _looped(x: Tensor, weight: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], N)
     sizes = (M, N, K, rows.data_ptr(), 4 * row, 4 * step, weight.data_ptr(), 4 * weight_step, 4 * weight_row)
     if M * N * K < ALONE:
-        linear_numba.product(0, linear_numba.pieces(M, N), *sizes, out.data_ptr())
+        linear_numba.product(0, linear_numba.pieces(M, N), *sizes, out.data_ptr(), False)
     else:
-        share_out(linear_numba.product, linear_numba.pieces(M, N), *sizes, out.data_ptr())
+        share_out(linear_numba.product, linear_numba.pieces(M, N), *sizes, out.data_ptr(), False)
     return out
 
 

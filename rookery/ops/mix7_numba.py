@@ -160,50 +160,137 @@ def add(size, x, i, y, j):
         write(n, x, i + o, read(n, x, i + o) + read(n, y, j + o))
 
 
+@inner
+def scratch(size, like):
+    """What `forward_of` computes in."""
+    N = len(size)
+    x, z = room(like, ROWS * N), room(like, MORE * N)
+    enter(size, x)
+    return x, z
+
+
+@inner
+def forward_of(size, begin, end, h, x, z, r, w, k, v, a, g, p, state, y, u, starts, out, eps):
+    """One head of one sequence, tokens `begin` to end - 1; `starts` are those of its chunks."""
+    T, N = len(r), len(size)
+    for c in range(-(-(end - begin) // CHUNK)):
+        first = begin + c * CHUNK
+        count = min(CHUNK, end - first)
+        if len(starts):
+            keep(size, state, starts[c, h].reshape(N * N))
+        for n in range(count):
+            t, at = first + n, N * (n + 1)
+            decay(size, w[t, h], x, at, z, 0)
+            removal(size, k[t, h], a[t, h], p, x, at)
+            copy(size, r[t, h], 0, x, at + R * N)
+            copy(size, v[t, h], 0, x, at + V * N)
+            without_decay(size, x, at, z, 0)
+        weighted_rows(size, state, x, N)
+        for n in range(count):
+            t, at = first + n, N * (n + 1)
+            later = min(t + CHUNK, T - 1)
+            call_for(size, r[later, h])
+            call_for(size, w[later, h])
+            call_for(size, k[later, h])
+            call_for(size, v[later, h])
+            call_for(size, a[later, h])
+            call_for(size, g[t, h])
+            call_for(size, out[t, h])
+            if len(y):
+                call_for(size, y[t, h])
+                call_for(size, u[t, h])
+            step(size, state, x, at)
+        for n in range(count):
+            t, at = first + n, N * (n + 1)
+            finish(size, x, at, g[t, h], p, eps, out[t, h])
+            if len(y):
+                copy(size, x, at + U * N, u[t, h], 0)
+                copy(size, x, at + Y * N, y[t, h], 0)
+        with_decay(size, x, N * count, state, 0, 0)
+
+
 @outer
 def forward(first, last, size, bounds, chunks, r, w, k, v, a, g, parameters, S, y, u, starts, out, eps64):
     """As in `wkv7_numba`; `starts` may have no chunks, and y and u no tokens."""
-    (T, H, _), N = r.shape, len(size)
+    H, N = r.shape[1], len(size)
+    x, z = scratch(size, S)
     eps = np.float32(eps64)
-    x, z = room(S, ROWS * N), room(S, MORE * N)
-    enter(size, x)
     for piece in range(first, last):
         i, h = piece // H, piece % H
         p, state = parameters[h].reshape(5 * N), S[i, h].reshape(N * N)
-        for c in range(chunks[i], chunks[i + 1]):
-            begin = bounds[i] + (c - chunks[i]) * CHUNK
-            count = min(CHUNK, bounds[i + 1] - begin)
-            if len(starts):
-                keep(size, state, starts[c, h].reshape(N * N))
-            for n in range(count):
-                t, at = begin + n, N * (n + 1)
-                decay(size, w[t, h], x, at, z, 0)
-                removal(size, k[t, h], a[t, h], p, x, at)
-                copy(size, r[t, h], 0, x, at + R * N)
-                copy(size, v[t, h], 0, x, at + V * N)
-                without_decay(size, x, at, z, 0)
-            weighted_rows(size, state, x, N)
-            for n in range(count):
-                t, at = begin + n, N * (n + 1)
-                later = min(t + CHUNK, T - 1)
-                call_for(size, r[later, h])
-                call_for(size, w[later, h])
-                call_for(size, k[later, h])
-                call_for(size, v[later, h])
-                call_for(size, a[later, h])
-                call_for(size, g[t, h])
-                call_for(size, out[t, h])
-                if len(y):
-                    call_for(size, y[t, h])
-                    call_for(size, u[t, h])
-                step(size, state, x, at)
-            for n in range(count):
-                t, at = begin + n, N * (n + 1)
-                finish(size, x, at, g[t, h], p, eps, out[t, h])
-                if len(y):
-                    copy(size, x, at + U * N, u[t, h], 0)
-                    copy(size, x, at + Y * N, y[t, h], 0)
-            with_decay(size, x, N * count, state, 0, 0)
+        own = starts[chunks[i] : chunks[i + 1]]
+        forward_of(size, bounds[i], bounds[i + 1], h, x, z, r, w, k, v, a, g, p, state, y, u, own, out, eps)
+
+
+@inner
+def scratch_back(size, like):
+    """What `backward_of` computes in."""
+    N = len(size)
+    x, dx, flow = room(like, ROWS * N), room(like, ROWS * N), room(like, N)
+    z, sums, inverses = room(like, CHUNK * MORE * N), room(like, CHUNK * SUMS), room(like, CHUNK)
+    gradient, state = room(like, (CHUNK // SPAN + 1) * N * N), room(like, N * N)
+    added = room(like, CHUNK * ADDED * N).reshape((CHUNK, ADDED * N))
+    enter(size, x)
+    return x, dx, flow, z, sums, inverses, gradient, state, added
+
+
+@inner
+def backward_of(
+    size, begin, end, h, rooms, r, w, k, v, a, g, p, y, u, starts, dout, G, far, dr, dw, dk, dv, da, dg, dp, eps
+):  # fmt: skip
+    """One head of one sequence, tokens `begin` to end - 1; `starts` are those of its chunks. `G` (N * N) goes from the
+    gradient of the final to that of the initial state."""
+    x, dx, flow, z, sums, inverses, gradient, state, added = rooms
+    N = len(size)
+    copy_state(size, G, gradient)
+    for c in range((end - begin - 1) // CHUNK, -1, -1):
+        first = begin + c * CHUNK
+        count = min(CHUNK, end - first)
+        for n in range(count):
+            t, at = first + n, N * (n + 1)
+            decay(size, w[t, h], x, at, z, MORE * N * n)
+            inverses[n] = removal(size, k[t, h], a[t, h], p, x, at)
+            copy(size, r[t, h], 0, x, at + R * N)
+            copy(size, v[t, h], 0, x, at + V * N)
+            copy(size, u[t, h], 0, x, at + U * N)
+            finish_back(size, dout[t, h], y[t, h], x, at, g[t, h], p, eps, added[n], dp)
+            without_decay(size, x, at, z, MORE * N * n)
+            prepare_back(size, x, sums, n)
+        begin_back(size, gradient, x, dx, count)
+        for n in range(count - 1, -1, -1):
+            earlier = max(first + n - CHUNK, 0)
+            call_for(size, r[earlier, h])
+            call_for(size, w[earlier, h])
+            call_for(size, k[earlier, h])
+            call_for(size, v[earlier, h])
+            call_for(size, a[earlier, h])
+            call_for(size, g[earlier, h])
+            step_back(size, gradient, x, dx, sums, n)
+        copy_state(size, starts[c, h].reshape(N * N), state)
+        for span in range(0, count, SPAN):
+            flow_of(size, state, gradient, N * N * (span // SPAN), flow)
+            for n in range(span, min(span + SPAN, count)):
+                t, at = first + n, N * (n + 1)
+                earlier = max(t - CHUNK, 0)
+                call_for(size, y[earlier, h])
+                call_for(size, u[earlier, h])
+                call_for(size, dout[earlier, h])
+                for row in range(N * n // CHUNK, N * (n + 1) // CHUNK):
+                    call_for(size, starts[max(c - 1, 0), h, row])
+                step_again(size, state, x, dx, n)
+                complete(size, x, z, dx, flow, n)
+                removal_back(size, k[t, h], a[t, h], p, inverses[n], dx, at, added[n], dp)
+                add(size, dx, at + R * N, added[n], ADD_R * N)
+                add(size, dx, at + V * N, added[n], ADD_V * N)
+        for n in range(count):
+            t, at = first + n, N * (n + 1)
+            put(size, far, dx, at + R * N, dr[t, h])
+            put(size, far, dx, at + P * N, dw[t, h])
+            put(size, far, dx, at + K * N, dk[t, h])
+            put(size, far, dx, at + V * N, dv[t, h])
+            put(size, far, dx, at + A * N, da[t, h])
+            put(size, far, added[n], OF_G * N, dg[t, h])
+    copy_state(size, gradient, G)
 
 
 @outer
@@ -213,61 +300,12 @@ def backward(
 ):  # fmt: skip
     """As in `wkv7_numba`; `dparameters` (B, H, 5, N) are added to."""
     H, N = r.shape[1], len(size)
-    eps = np.float32(eps64)
-    x, dx, flow = room(G, ROWS * N), room(G, ROWS * N), room(G, N)
-    z, sums, inverses = room(G, CHUNK * MORE * N), room(G, CHUNK * SUMS), room(G, CHUNK)
-    gradient, state = room(G, (CHUNK // SPAN + 1) * N * N), room(G, N * N)
-    added = room(G, CHUNK * ADDED * N).reshape((CHUNK, ADDED * N))
-    enter(size, x)
+    rooms = scratch_back(size, G)
     for piece in range(first, last):
         i, h = piece // H, piece % H
-        p, dp = parameters[h].reshape(5 * N), dparameters[i, h].reshape(5 * N)
-        copy_state(size, G[i, h].reshape(N * N), gradient)
-        for c in range(chunks[i + 1] - 1, chunks[i] - 1, -1):
-            begin = bounds[i] + (c - chunks[i]) * CHUNK
-            count = min(CHUNK, bounds[i + 1] - begin)
-            for n in range(count):
-                t, at = begin + n, N * (n + 1)
-                decay(size, w[t, h], x, at, z, MORE * N * n)
-                inverses[n] = removal(size, k[t, h], a[t, h], p, x, at)
-                copy(size, r[t, h], 0, x, at + R * N)
-                copy(size, v[t, h], 0, x, at + V * N)
-                copy(size, u[t, h], 0, x, at + U * N)
-                finish_back(size, dout[t, h], y[t, h], x, at, g[t, h], p, eps, added[n], dp)
-                without_decay(size, x, at, z, MORE * N * n)
-                prepare_back(size, x, sums, n)
-            begin_back(size, gradient, x, dx, count)
-            for n in range(count - 1, -1, -1):
-                earlier = max(begin + n - CHUNK, 0)
-                call_for(size, r[earlier, h])
-                call_for(size, w[earlier, h])
-                call_for(size, k[earlier, h])
-                call_for(size, v[earlier, h])
-                call_for(size, a[earlier, h])
-                call_for(size, g[earlier, h])
-                step_back(size, gradient, x, dx, sums, n)
-            copy_state(size, starts[c, h].reshape(N * N), state)
-            for span in range(0, count, SPAN):
-                flow_of(size, state, gradient, N * N * (span // SPAN), flow)
-                for n in range(span, min(span + SPAN, count)):
-                    t, at = begin + n, N * (n + 1)
-                    earlier = max(t - CHUNK, 0)
-                    call_for(size, y[earlier, h])
-                    call_for(size, u[earlier, h])
-                    call_for(size, dout[earlier, h])
-                    for row in range(N * n // CHUNK, N * (n + 1) // CHUNK):
-                        call_for(size, starts[max(c - 1, 0), h, row])
-                    step_again(size, state, x, dx, n)
-                    complete(size, x, z, dx, flow, n)
-                    removal_back(size, k[t, h], a[t, h], p, inverses[n], dx, at, added[n], dp)
-                    add(size, dx, at + R * N, added[n], ADD_R * N)
-                    add(size, dx, at + V * N, added[n], ADD_V * N)
-            for n in range(count):
-                t, at = begin + n, N * (n + 1)
-                put(size, far, dx, at + R * N, dr[t, h])
-                put(size, far, dx, at + P * N, dw[t, h])
-                put(size, far, dx, at + K * N, dk[t, h])
-                put(size, far, dx, at + V * N, dv[t, h])
-                put(size, far, dx, at + A * N, da[t, h])
-                put(size, far, added[n], OF_G * N, dg[t, h])
-        copy_state(size, gradient, G[i, h].reshape(N * N))
+        p, dp, gradient = parameters[h].reshape(5 * N), dparameters[i, h].reshape(5 * N), G[i, h].reshape(N * N)
+        own = starts[chunks[i] : chunks[i + 1]]
+        backward_of(
+            size, bounds[i], bounds[i + 1], h, rooms, r, w, k, v, a, g, p, y, u, own, dout, gradient, far,
+            dr, dw, dk, dv, da, dg, dp, np.float32(eps64),
+        )  # fmt: skip

@@ -107,18 +107,24 @@ def _shift_back(typing, lanes, tokens, like, x, previous, row, mixes, mix_row, g
     return types.void(lanes, tokens, like, *(types.int64,) * 11), code
 
 
+@inner
+def shift(begin, end, x, before, mixes, out):
+    """`token_shift` of one sequence, `before` (C) being the row before it."""
+    C = x.shape[1]
+    for t in range(begin, end):
+        previous = x[t - 1] if t > begin else before
+        for m in range(len(mixes)):
+            for j in range(0, _whole(C), len(MANY)):
+                _lerp(MANY, x[t], previous, mixes[m], out[m, t], j)
+            for j in range(_whole(C), C):
+                _lerp(ONE, x[t], previous, mixes[m], out[m, t], j)
+
+
 @outer
 def token_shift(first, last, bounds, x, before, mixes, out):
     """x (T, C), before (B, C), mixes (M, C) -> out (M, T, C)."""
-    C = x.shape[1]
     for i in range(first, last):
-        for t in range(bounds[i], bounds[i + 1]):
-            previous = x[t - 1] if t > bounds[i] else before[i]
-            for m in range(len(mixes)):
-                for j in range(0, _whole(C), len(MANY)):
-                    _lerp(MANY, x[t], previous, mixes[m], out[m, t], j)
-                for j in range(_whole(C), C):
-                    _lerp(ONE, x[t], previous, mixes[m], out[m, t], j)
+        shift(bounds[i], bounds[i + 1], x, before[i], mixes, out)
 
 
 @inner
@@ -132,30 +138,36 @@ def _tokens_back(tokens, C, size, x, here, previous, row, mixes, grads, at, coun
                     at + size * j, count, dx + size * j, carried + 4 * j, dmixes + 4 * j)  # fmt: skip
 
 
-@outer
-def token_shift_back(first, last, bounds, x, before, mixes, grads, dx, dbefore, dmixes):
-    """grads: addresses of M arrays (T, C) -> dx, dbefore, and dmixes (B, M, C), which must come in as zeros."""
+@inner
+def shift_back(begin, end, x, before, mixes, grads, dx, carried, dmixes):
+    """`token_shift_back` of one sequence. `carried` (C), fp32, comes in as zeros and becomes the gradient of `before`;
+    dmixes (M, C) are added to."""
     C, size, count = np.int64(x.shape[1]), np.int64(x.itemsize), np.int64(len(mixes))
     row = C * size
-    carried = np.zeros(C, np.float32)
     x_at, before_at, dx_at = np.int64(x.ctypes.data), np.int64(before.ctypes.data), np.int64(dx.ctypes.data)
     mixes_at, grads_at = np.int64(mixes.ctypes.data), np.int64(grads.ctypes.data)
     carried_at, dmixes_at = np.int64(carried.ctypes.data), np.int64(dmixes.ctypes.data)
+    t = end
+    while t > begin:
+        few = t - begin >= len(FEW)
+        t -= len(FEW) if few else 1
+        at = t * row
+        previous = x_at + at - row if t > begin else before_at
+        if few:
+            _tokens_back(FEW, C, size, x, x_at + at, previous, row, mixes_at, grads_at, at, count, dx_at + at,
+                         carried_at, dmixes_at)  # fmt: skip
+        else:
+            _tokens_back(ONE, C, size, x, x_at + at, previous, row, mixes_at, grads_at, at, count, dx_at + at,
+                         carried_at, dmixes_at)  # fmt: skip
+
+
+@outer
+def token_shift_back(first, last, bounds, x, before, mixes, grads, dx, dbefore, dmixes):
+    """grads: addresses of M arrays (T, C) -> dx, dbefore, and dmixes (B, M, C), which must come in as zeros."""
+    carried = np.zeros(x.shape[1], np.float32)
     for i in range(first, last):
         carried[:] = 0
-        dmix = dmixes_at + i * count * 4 * C
-        t = bounds[i + 1]
-        while t > bounds[i]:
-            few = t - bounds[i] >= len(FEW)
-            t -= len(FEW) if few else 1
-            at = t * row
-            previous = x_at + at - row if t > bounds[i] else before_at + i * row
-            if few:
-                _tokens_back(FEW, C, size, x, x_at + at, previous, row, mixes_at, grads_at, at, count, dx_at + at,
-                             carried_at, dmix)  # fmt: skip
-            else:
-                _tokens_back(ONE, C, size, x, x_at + at, previous, row, mixes_at, grads_at, at, count, dx_at + at,
-                             carried_at, dmix)  # fmt: skip
+        shift_back(bounds[i], bounds[i + 1], x, before[i], mixes, grads, dx, carried, dmixes[i])
         _copy(carried, dbefore[i])
 
 
@@ -185,26 +197,36 @@ def _relu_square_back(n, x, dy, dx, j):
     write(n, dx, j, (positive + positive) * read(n, dy, j))
 
 
+@inner
+def square(begin, end, x, y):
+    """`relu_square` of the numbers from `begin` to `end`."""
+    for j in range(begin, begin + _whole(end - begin), len(MANY)):
+        _relu_square(MANY, x, y, j)
+    for j in range(begin + _whole(end - begin), end):
+        _relu_square(ONE, x, y, j)
+
+
+@inner
+def square_back(begin, end, x, dy, dx):
+    """`relu_square_back` of the numbers from `begin` to `end`."""
+    for j in range(begin, begin + _whole(end - begin), len(MANY)):
+        _relu_square_back(MANY, x, dy, dx, j)
+    for j in range(begin + _whole(end - begin), end):
+        _relu_square_back(ONE, x, dy, dx, j)
+
+
 @outer
 def relu_square(first, last, x, y):
     """Arrays of one dimension."""
     for piece in range(first, last):
-        begin, end = piece * PIECE, min(len(x), (piece + 1) * PIECE)
-        for j in range(begin, begin + _whole(end - begin), len(MANY)):
-            _relu_square(MANY, x, y, j)
-        for j in range(begin + _whole(end - begin), end):
-            _relu_square(ONE, x, y, j)
+        square(piece * PIECE, min(len(x), (piece + 1) * PIECE), x, y)
 
 
 @outer
 def relu_square_back(first, last, x, dy, dx):
     """Arrays of one dimension."""
     for piece in range(first, last):
-        begin, end = piece * PIECE, min(len(x), (piece + 1) * PIECE)
-        for j in range(begin, begin + _whole(end - begin), len(MANY)):
-            _relu_square_back(MANY, x, dy, dx, j)
-        for j in range(begin + _whole(end - begin), end):
-            _relu_square_back(ONE, x, dy, dx, j)
+        square_back(piece * PIECE, min(len(x), (piece + 1) * PIECE), x, dy, dx)
 
 
 @inner
@@ -250,46 +272,63 @@ def _sigmoid_back(n, y, dy, j):
     write(n, dy, j, read(n, dy, j) * value * (every(n, np.float32(1)) - value))
 
 
+@inner
+def tanh_of(begin, end, x):
+    """`tanh` of the numbers from `begin` to `end`; so are the next three."""
+    for j in range(begin, begin + _whole(end - begin), len(MANY)):
+        _put_tanh(MANY, x, j)
+    for j in range(begin + _whole(end - begin), end):
+        _put_tanh(ONE, x, j)
+
+
+@inner
+def sigmoid_of(begin, end, x):
+    for j in range(begin, begin + _whole(end - begin), len(MANY)):
+        _put_sigmoid(MANY, x, j)
+    for j in range(begin + _whole(end - begin), end):
+        _put_sigmoid(ONE, x, j)
+
+
+@inner
+def tanh_back_of(begin, end, y, dy):
+    for j in range(begin, begin + _whole(end - begin), len(MANY)):
+        _tanh_back(MANY, y, dy, j)
+    for j in range(begin + _whole(end - begin), end):
+        _tanh_back(ONE, y, dy, j)
+
+
+@inner
+def sigmoid_back_of(begin, end, y, dy):
+    for j in range(begin, begin + _whole(end - begin), len(MANY)):
+        _sigmoid_back(MANY, y, dy, j)
+    for j in range(begin + _whole(end - begin), end):
+        _sigmoid_back(ONE, y, dy, j)
+
+
 @outer
 def tanh(first, last, x):
     """In place, of an array of one dimension; so are the next three."""
     for piece in range(first, last):
-        begin, end = piece * PIECE, min(len(x), (piece + 1) * PIECE)
-        for j in range(begin, begin + _whole(end - begin), len(MANY)):
-            _put_tanh(MANY, x, j)
-        for j in range(begin + _whole(end - begin), end):
-            _put_tanh(ONE, x, j)
+        tanh_of(piece * PIECE, min(len(x), (piece + 1) * PIECE), x)
 
 
 @outer
 def sigmoid(first, last, x):
     for piece in range(first, last):
-        begin, end = piece * PIECE, min(len(x), (piece + 1) * PIECE)
-        for j in range(begin, begin + _whole(end - begin), len(MANY)):
-            _put_sigmoid(MANY, x, j)
-        for j in range(begin + _whole(end - begin), end):
-            _put_sigmoid(ONE, x, j)
+        sigmoid_of(piece * PIECE, min(len(x), (piece + 1) * PIECE), x)
 
 
 @outer
 def tanh_back(first, last, y, dy):
     """y: the results; dy becomes the gradient of what they came from."""
     for piece in range(first, last):
-        begin, end = piece * PIECE, min(len(y), (piece + 1) * PIECE)
-        for j in range(begin, begin + _whole(end - begin), len(MANY)):
-            _tanh_back(MANY, y, dy, j)
-        for j in range(begin + _whole(end - begin), end):
-            _tanh_back(ONE, y, dy, j)
+        tanh_back_of(piece * PIECE, min(len(y), (piece + 1) * PIECE), y, dy)
 
 
 @outer
 def sigmoid_back(first, last, y, dy):
     for piece in range(first, last):
-        begin, end = piece * PIECE, min(len(y), (piece + 1) * PIECE)
-        for j in range(begin, begin + _whole(end - begin), len(MANY)):
-            _sigmoid_back(MANY, y, dy, j)
-        for j in range(begin + _whole(end - begin), end):
-            _sigmoid_back(ONE, y, dy, j)
+        sigmoid_back_of(piece * PIECE, min(len(y), (piece + 1) * PIECE), y, dy)
 
 
 @inner
@@ -325,50 +364,71 @@ def _value7_back(n, v, gate, v_first, v0, dv_out, dv, dgate, dv_first, dbias, j)
     write(n, dbias, j, read(n, dbias, j) + to_gate)
 
 
+@inner
+def gates7_of(w, a, biases, w_out, a_out):
+    """`gates7` of one sequence; so are the next three of theirs."""
+    C = w.shape[1]
+    for t in range(len(w)):
+        for j in range(0, _whole(C), len(MANY)):
+            _gates7(MANY, w[t], a[t], biases, w_out[t], a_out[t], j)
+        for j in range(_whole(C), C):
+            _gates7(ONE, w[t], a[t], biases, w_out[t], a_out[t], j)
+
+
+@inner
+def value7_of(v, gate, v_first, v0, out):
+    C = v.shape[1]
+    for t in range(len(v)):
+        for j in range(0, _whole(C), len(MANY)):
+            _value7(MANY, v[t], gate[t], v_first[t], v0, out[t], j)
+        for j in range(_whole(C), C):
+            _value7(ONE, v[t], gate[t], v_first[t], v0, out[t], j)
+
+
+@inner
+def gates7_back_of(a_out, dw_out, da_out, da, dbiases):
+    C = a_out.shape[1]
+    for t in range(len(a_out)):
+        for j in range(0, _whole(C), len(MANY)):
+            _gates7_back(MANY, a_out[t], dw_out[t], da_out[t], da[t], dbiases, j)
+        for j in range(_whole(C), C):
+            _gates7_back(ONE, a_out[t], dw_out[t], da_out[t], da[t], dbiases, j)
+
+
+@inner
+def value7_back_of(v, gate, v_first, v0, dv_out, dv, dgate, dv_first, dbias):
+    C = v.shape[1]
+    for t in range(len(v)):
+        x, y, z, g = v[t], gate[t], v_first[t], dv_out[t]
+        for j in range(0, _whole(C), len(MANY)):
+            _value7_back(MANY, x, y, z, v0, g, dv[t], dgate[t], dv_first[t], dbias, j)
+        for j in range(_whole(C), C):
+            _value7_back(ONE, x, y, z, v0, g, dv[t], dgate[t], dv_first[t], dbias, j)
+
+
 @outer
 def gates7(first, last, w, a, biases, w_out, a_out):
     """The parts of w and a: arrays (B, T, C); biases (2, C)."""
-    C = w.shape[2]
     for i in range(first, last):
-        for t in range(w.shape[1]):
-            for j in range(0, _whole(C), len(MANY)):
-                _gates7(MANY, w[i, t], a[i, t], biases, w_out[i, t], a_out[i, t], j)
-            for j in range(_whole(C), C):
-                _gates7(ONE, w[i, t], a[i, t], biases, w_out[i, t], a_out[i, t], j)
+        gates7_of(w[i], a[i], biases, w_out[i], a_out[i])
 
 
 @outer
 def value7(first, last, v, gate, v_first, v0, out):
     """The part of v: arrays (B, T, C); v0 (C)."""
-    C = v.shape[2]
     for i in range(first, last):
-        for t in range(v.shape[1]):
-            for j in range(0, _whole(C), len(MANY)):
-                _value7(MANY, v[i, t], gate[i, t], v_first[i, t], v0, out[i, t], j)
-            for j in range(_whole(C), C):
-                _value7(ONE, v[i, t], gate[i, t], v_first[i, t], v0, out[i, t], j)
+        value7_of(v[i], gate[i], v_first[i], v0, out[i])
 
 
 @outer
 def gates7_back(first, last, a_out, dw_out, da_out, da, dbiases):
     """As `gates7`; dbiases (B, 2, C) are added to."""
-    C = a_out.shape[2]
     for i in range(first, last):
-        for t in range(a_out.shape[1]):
-            for j in range(0, _whole(C), len(MANY)):
-                _gates7_back(MANY, a_out[i, t], dw_out[i, t], da_out[i, t], da[i, t], dbiases[i], j)
-            for j in range(_whole(C), C):
-                _gates7_back(ONE, a_out[i, t], dw_out[i, t], da_out[i, t], da[i, t], dbiases[i], j)
+        gates7_back_of(a_out[i], dw_out[i], da_out[i], da[i], dbiases[i])
 
 
 @outer
 def value7_back(first, last, v, gate, v_first, v0, dv_out, dv, dgate, dv_first, dbias):
     """As `value7`; dbias (B, C) is added to."""
-    C = v.shape[2]
     for i in range(first, last):
-        for t in range(v.shape[1]):
-            x, y, z, g = v[i, t], gate[i, t], v_first[i, t], dv_out[i, t]
-            for j in range(0, _whole(C), len(MANY)):
-                _value7_back(MANY, x, y, z, v0, g, dv[i, t], dgate[i, t], dv_first[i, t], dbias[i], j)
-            for j in range(_whole(C), C):
-                _value7_back(ONE, x, y, z, v0, g, dv[i, t], dgate[i, t], dv_first[i, t], dbias[i], j)
+        value7_back_of(v[i], gate[i], v_first[i], v0, dv_out[i], dv[i], dgate[i], dv_first[i], dbias[i])

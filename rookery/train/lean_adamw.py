@@ -113,7 +113,7 @@ def dense(moment: Tensor | Moment8) -> Tensor:
     return moment.whole() if isinstance(moment, Moment8) else moment
 
 
-def restored(optimizer: torch.optim.Optimizer, p: Tensor, key: str, saved: Tensor) -> Tensor | Moment8:
+def restored(optimizer: Any, p: Tensor, key: str, saved: Tensor) -> Tensor | Moment8:
     """A moment of `p` as `optimizer` keeps it, from one that `dense` gave."""
     if not isinstance(optimizer, LeanAdamW):
         return saved.to(p.dtype)

@@ -5,8 +5,10 @@ Source: `configure_optimizers` of RWKV-LM: RWKV-v7/train_temp for x070, RWKV-v5 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +89,73 @@ def _x052_x060_kind(name: str) -> str | None:
     return "3x" if "time_first" in name else None
 
 
+class AdamW:
+    """PyTorch's fused AdamW, with the attributes, groups and state of `torch.optim.AdamW`.
+
+    It is called without that class, which imports PyTorch's compiler, a second of every start, and whose bookkeeping is
+    half of a small model's update.
+    """
+
+    grad_scale: Tensor | None = None
+    """0-dim: what gradients were multiplied by."""
+    found_inf: Tensor | None = None
+    """0-dim: if it is not 0, the step changes nothing."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
+        """`groups`: as of PyTorch's optimisers; the tensors of one have a dtype and a device in common."""
+        self.param_groups = [{"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0, **group} for group in groups]
+        self.state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        found_inf = self.found_inf
+        if found_inf is not None and found_inf.device.type == "cpu":  # which need not be waited for
+            if found_inf:
+                return
+            found_inf = None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            states = [self.state[p] or self._begin(p) for p in parameters]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                parameters,
+                [p.grad for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                steps,
+                lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+                amsgrad=False, maximize=False, grad_scale=self.grad_scale, found_inf=found_inf,
+            )  # fmt: skip
+            if found_inf is not None:
+                torch._foreach_sub_(steps, [found_inf] * len(steps))
+
+    def _begin(self, p: Tensor) -> dict[str, Tensor]:
+        self.state[p] |= {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+        }
+        return self.state[p]
+
+    def as_torch(self) -> torch.optim.AdamW:
+        """PyTorch's own with the same groups, for those who ask for one."""
+        groups = [dict(group) for group in self.param_groups]
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+Optimizer = AdamW | LeanAdamW
+
+
 def build_optimizer(
     tensors: Mapping[str, Tensor],
     groups: Iterable[Group],
@@ -94,7 +163,7 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
     eight_bit: bool = False,
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """AdamW over `tensors`: with PyTorch's fused kernel, which CPU and CUDA both have, or `LeanAdamW`.
 
     Every group keeps its `lr_scale`, `decays` and `names` beside PyTorch's keys.
@@ -115,10 +184,10 @@ def build_optimizer(
     ]
     if eight_bit or any(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):
         return LeanAdamW(made, betas=betas, eps=eps, eight_bit=eight_bit)
-    return torch.optim.AdamW(made, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+    return AdamW(made, betas=betas, eps=eps)
 
 
-def apply_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
+def apply_rates(optimizer: Optimizer | torch.optim.Optimizer, rates: Rates) -> None:
     """Sets each group's learning rate and weight decay for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rates.lr * group["lr_scale"]

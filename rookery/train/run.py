@@ -400,9 +400,15 @@ def language_loss(model: nn.Module, batch: Batch, *, head_chunk: int = 0) -> Ite
         model: any generation.
         head_chunk: tokens whose logits exist at one time; 0 chooses.
     """
-    loss, _state = model.loss(  # type: ignore[operator]
-        batch.tokens, batch.targets, lengths=batch.lengths, trained=batch.trained, chunk=head_chunk
-    )
+    loss = None
+    if not head_chunk:
+        loss = model.quick_loss(  # type: ignore[operator]
+            batch.tokens, batch.targets, lengths=batch.lengths, trained=batch.trained
+        )
+    if loss is None:
+        loss, _state = model.loss(  # type: ignore[operator]
+            batch.tokens, batch.targets, lengths=batch.lengths, trained=batch.trained, chunk=head_chunk
+        )
     yield Part(loss, batch.trained, last=True)
 
 

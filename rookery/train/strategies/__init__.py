@@ -12,7 +12,7 @@ from rookery.config.tree import DeviceSection, TrainConfig
 from rookery.errors import UserError
 from rookery.i18n import _
 from rookery.models import Model
-from rookery.train.optim import build_optimizer, parameter_groups
+from rookery.train.optim import Optimizer, build_optimizer, parameter_groups
 from rookery.train.precision import DTYPES
 from rookery.train.ranks import ALONE, Ranks
 from rookery.train.strategies.engine import Engine
@@ -54,7 +54,7 @@ def build_engine(config: TrainConfig, model: Model, ranks: Ranks) -> Engine:
 
 def create_engine(
     model: nn.Module,
-    build: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+    build: Callable[[dict[str, Tensor]], Optimizer],
     *,
     dtype: torch.dtype,
     grad_clip: float,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rookery.formats.pieces import OPTIMIZER, WEIGHTS
+from rookery.train.optim import Optimizer
 from rookery.train.ranks import Ranks
 from rookery.train.strategies.pieces import Piece, write_pieces
 from rookery.train.strategies.single import SingleDevice
@@ -31,7 +32,7 @@ class Replicated(SingleDevice):
     def __init__(
         self,
         model: nn.Module,
-        build_optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        build_optimizer: Callable[[dict[str, Tensor]], Optimizer],
         *,
         dtype: torch.dtype,
         grad_clip: float = 0.0,

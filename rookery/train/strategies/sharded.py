@@ -18,6 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from rookery.formats import Pending
 from rookery.formats.pieces import OPTIMIZER, WEIGHTS
 from rookery.train.lean_adamw import Moment8
+from rookery.train.optim import Optimizer
 from rookery.train.ranks import Ranks
 from rookery.train.strategies.pieces import Piece, write_pieces
 from rookery.train.strategies.single import SingleDevice, owned
@@ -64,7 +65,7 @@ class Sharded(SingleDevice):
     def __init__(
         self,
         model: nn.Module,
-        build_optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        build_optimizer: Callable[[dict[str, Tensor]], Optimizer],
         *,
         dtype: torch.dtype,
         grad_clip: float = 0.0,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rookery.formats import Pending, write_weights
 from rookery.formats.pieces import OPTIMIZER, WEIGHTS, Pieces
 from rookery.train.lean_adamw import Moment8, dense, restored
-from rookery.train.optim import apply_rates
+from rookery.train.optim import Optimizer, apply_rates
 from rookery.train.precision import LossScale
 from rookery.train.schedule import Rates
 
@@ -31,7 +31,7 @@ class SingleDevice:
     def __init__(
         self,
         model: nn.Module,
-        build_optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        build_optimizer: Callable[[dict[str, Tensor]], Optimizer],
         *,
         dtype: torch.dtype,
         grad_clip: float = 0.0,
@@ -102,11 +102,11 @@ class SingleDevice:
         # Unscaling, clipping and leaving out a bad update all happen inside the fused kernel: no pass over the
         # gradients of their own, and no wait for the device.
         excess = torch.clamp((norm + 1e-6) / self.grad_clip, min=1.0) if self.grad_clip else self._one
-        self.optimizer.grad_scale = (scale * excess).float()  # type: ignore[attr-defined]
-        self.optimizer.found_inf = (self._diverged | overflow).float()  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = (scale * excess).float()
+        self.optimizer.found_inf = (self._diverged | overflow).float()
         apply_rates(self.optimizer, rates)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self._loss_scale is not None:
             self._loss_scale.update(overflow)
         self._publish()
@@ -120,7 +120,9 @@ class SingleDevice:
         if gradients and gradients[0].dtype == torch.bfloat16:  # whose norms would be rounded to bf16
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
             return loss, torch.linalg.vector_norm(torch.stack(norms))
-        return loss, torch.nn.utils.get_total_norm(gradients)
+        if not gradients:
+            return loss, torch.zeros((), device=self.device)
+        return loss, torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
     def _publish(self) -> None:
         """Rounds the masters into the model."""

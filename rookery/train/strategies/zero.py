@@ -22,7 +22,7 @@ from rookery.errors import UserError
 from rookery.formats import Pending
 from rookery.formats.pieces import OPTIMIZER, WEIGHTS, Pieces
 from rookery.i18n import _
-from rookery.train.optim import apply_rates
+from rookery.train.optim import AdamW, Optimizer, apply_rates
 from rookery.train.ranks import Ranks
 from rookery.train.schedule import Rates
 from rookery.train.strategies.pieces import Piece, write_pieces
@@ -51,7 +51,7 @@ class Zero:
     def __init__(
         self,
         model: Any,
-        build_optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        build_optimizer: Callable[[dict[str, Tensor]], Optimizer],
         *,
         dtype: torch.dtype,
         grad_clip: float,
@@ -96,7 +96,7 @@ class Zero:
                 deepspeed.utils.set_z3_leaf_module(block.ffn, True)
         self._engine, *_rest = deepspeed.initialize(
             model=_Loss(model),
-            optimizer=optimizer,
+            optimizer=optimizer.as_torch() if isinstance(optimizer, AdamW) else optimizer,
             config=self._settings(grad_clip, bucket_mb * 1_000_000),
             dist_init_required=False,
         )
