@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rookery.bench import plain7
 from rookery.bench.live_bytes import LiveBytes
 from rookery.bench.setting import Setting, random_model
 from rookery.bench.timing import alternate, faster, rounded, wait
-from rookery.bench.work import FORMULAS, multiplications, peak
+from rookery.bench.work import FORMULAS, fastest, multiplications, peak, products_of
 from rookery.formats import write_pth
 from rookery.formats.convert import convert
 from rookery.models import RWKV7
@@ -34,6 +34,8 @@ RATE, EPS, BETAS = 1e-4, 1e-18, (0.9, 0.99)
 
 PROGRAM = ("matrix products", "recurrence", "elementwise", "head")
 """What `rookery.ops.loss7` takes the time of, in its order."""
+
+PRODUCTS_ALONE = "matrix products alone"
 
 PARTS = {
     "program": ("_Loss7",),
@@ -82,7 +84,10 @@ def measure(
     for name in ("rookery", *against):
         results[name], steps[name] = _first_step(partial(BUILDERS[name], setting, batch), setting.device)
     top = peak(setting.device, setting.dtype, given_peak)
-    times = alternate(steps, setting.rounds, setting.device)
+    alone = partial(_products, _factors(setting, batch))
+    alone()
+    times = alternate(steps | {PRODUCTS_ALONE: alone}, setting.rounds, setting.device)
+    products = times.pop(PRODUCTS_ALONE)
     matrices = multiplications(random_model(setting.shape))
     for name, spent in times.items():
         speed = spent.rate(setting.tokens, setting.device)
@@ -97,9 +102,35 @@ def measure(
         "formulas": FORMULAS,
         "training FLOP a token": 6 * matrices,
         "peak FLOP a second": {clock: rounded(value) for clock, value in top.items()},
+        PRODUCTS_ALONE: products.report(setting.device),
+        "times its products": faster(times["rookery"], products, setting.device),
         "results": results,
         "rookery is faster by": {name: faster(times[name], times["rookery"], setting.device) for name in against},
     }
+
+
+def _factors(setting: Setting, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each matrix of the model a weight (out, in), inputs (n, in) and gradients of outputs (n, out), all random."""
+
+    @cache
+    def random(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=setting.device).to(setting.dtype)
+
+    factors = []
+    for name, out, into in products_of(random_model(setting.shape)):
+        n = batch.trained if name == "head" else setting.tokens
+        factors.append((random(out, into), random(n, into), random(n, out)))
+    return factors
+
+
+@torch.no_grad()
+def _products(factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """All matrix products of a step, forwards and backwards, as PyTorch does them at its fastest."""
+    for weight, x, dy in factors:
+        fastest(x, weight)
+        fastest(dy, weight.T)
+        out = fastest(dy.T, x.T)
+    return out
 
 
 def _first_step(build: Callable[[], Step], device: str) -> tuple[dict[str, Any], Step]:

@@ -228,7 +228,7 @@ class Program:
         share_out(
             program.losses_and_gradients, count,
             static(C // H), self.sizes, of_layer, shared, layout.at, layout.packed, bounds, groups, parts,
-            tokens.reshape(-1).numpy(), targets.reshape(-1).numpy(), array_of(parameters[-1]), weights,
+            *(ids.reshape(-1).to(torch.int64).numpy() for ids in (tokens, targets)), array_of(parameters[-1]), weights,
             memory.numpy(), gradients.numpy(), losses.numpy(), spent, learns, l2wrap,
         )  # fmt: skip
         cycles = spent.sum(axis=0)[: program.SINCE]

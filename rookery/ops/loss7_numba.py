@@ -7,9 +7,8 @@ caches when the next reads it; and threads share out sequences, so that none wai
 All numbers of a part of the work lie in one array, `m`, of weights in another, `w`, of gradients in a third, `g`, which
 are given by their addresses; offsets into them are in elements. `s` are the sizes of the model, `b` and `t` the places
 of what each layer has and of what all layers share, `o` is where layer `l` begins; `at` and `packed` are those of
-`loss7.Layout`. Sizes: L layers, C width, H heads of N channels, F width of the feed-forward
-half, V vocabulary, T tokens that are read together, which are those
-of one sequence or of several short ones; `bounds` and `chunks` say where each of these begins.
+`loss7.Layout`. T tokens are read together, those of one sequence or of several short ones; `bounds` and `chunks` say
+where each of these begins. L layers, C width, H heads of N channels, F width of the feed-forward half, V vocabulary.
 """
 
 from __future__ import annotations

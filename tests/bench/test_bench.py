@@ -81,6 +81,10 @@ def test_training_beside_plain_pytorch(precision: str) -> None:
             assert seconds["least"] <= seconds["median"] <= seconds["most"]
     assert sum(ours["split"].values()) == pytest.approx(1, abs=0.01)
     assert min(ours["split"].values()) > 0
+    products = found["matrix products alone"]
+    for clock, times in found["times its products"].items():
+        assert times == pytest.approx(ours["seconds a step"][clock]["median"] / products[clock]["median"], rel=1e-3)
+        assert times > 1
     parameters = sum(p.numel() for p in random_model(small().shape).parameters())
     weights = {"fp32": 4, "bf16": 6}[precision]  # and two moments of 4 bytes
     assert (weights + 8) * parameters < ours["peak bytes"] < (weights + 12) * parameters + 80 * 96 * 64 * 2 * 8

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = """
+import pytest
+
+STEPS = """
 import hashlib
 
 import torch
@@ -41,20 +43,48 @@ print(digest.hexdigest())
 """
 
 
-def digest_of_results(cache: Path, **variables: str) -> str:
+SMALL_MODEL = """
+import hashlib
+
+import torch
+from rookery.models import ModelShape, create, initialise
+
+torch.manual_seed(0)
+model = create(ModelShape("x070", 2, 24, 37, 8, 24, 50, {"w": 4, "a": 12, "v": 5, "g": 20}))
+initialise(model, 0)
+with torch.no_grad():
+    for p in model.parameters():
+        p.add_(0.2 * torch.randn(p.shape))
+lengths = torch.tensor([5, 1, 40, 133, 3])
+tokens = torch.randint(37, (2, 1, 182))
+loss = model.quick_loss(*tokens, lengths=lengths, trained=182)
+loss.backward()
+digest = hashlib.sha256(loss.detach().numpy().tobytes())
+for p in model.parameters():
+    if p.grad is not None:
+        digest.update(p.grad.contiguous().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+programs = pytest.mark.parametrize("program", [STEPS, SMALL_MODEL], ids=["steps", "small model"])
+
+
+def digest_of_results(program: str, cache: Path, **variables: str) -> str:
     """Of all outputs and gradients, computed in a new process."""
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache), **variables}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_every_access_is_inside_its_array(tmp_path: Path) -> None:
-    digest_of_results(tmp_path, NUMBA_BOUNDSCHECK="1")
+@programs
+def test_every_access_is_inside_its_array(program: str, tmp_path: Path) -> None:
+    digest_of_results(program, tmp_path, NUMBA_BOUNDSCHECK="1")
 
 
-def test_loops_from_the_cache_give_the_same_bits(tmp_path: Path) -> None:
-    assert digest_of_results(tmp_path) == digest_of_results(tmp_path)
+@programs
+def test_loops_from_the_cache_give_the_same_bits(program: str, tmp_path: Path) -> None:
+    assert digest_of_results(program, tmp_path) == digest_of_results(program, tmp_path)
 
 
 COUNT = """
