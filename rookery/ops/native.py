@@ -66,6 +66,12 @@ def array_of(x: Tensor) -> np.ndarray:
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
+def copied(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy. Memory that NumPy has once seen cannot be given back while the tensor lives, as FSDP does with
+    that of parameters."""
+    return parameter.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
 def bounds_of(x: Tensor, packing: Packing | None) -> np.ndarray:
     """Sequence i of `x` (B, T, ...) is made of the tokens bounds[i] to bounds[i + 1] - 1 of all rows."""
     if packing is not None:

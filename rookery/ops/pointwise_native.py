@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rookery.ops import native
 from rookery.ops.backend import Call
-from rookery.ops.native import array_of, bounds_of
+from rookery.ops.native import array_of, bounds_of, copied
 from rookery.ops.packed import Packing
 
 
@@ -135,7 +135,7 @@ class _Value7(torch.autograd.Function):
         from rookery.ops.jit import share_out
 
         inputs = [x.contiguous() for x in (v, gate, v_first)]
-        bias, out = v0.reshape(-1).float().contiguous(), torch.empty_like(inputs[0])
+        bias, out = copied(v0.reshape(-1), torch.float32), torch.empty_like(inputs[0])
         share_out(pointwise_numba.value7, len(v), *(array_of(x) for x in (*inputs, bias, out)))
         ctx.save_for_backward(*inputs, bias)
         ctx.bias_shape = v0.shape

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rookery.ops.backend import exact_dtype, tracked
-from rookery.ops.native import bounds_of, chunks_of, transposed, work_of
+from rookery.ops.native import bounds_of, chunks_of, copied, transposed, work_of
 from rookery.ops.packed import Packing
 
 
@@ -27,7 +27,7 @@ def wkv6_native(
     bounds = bounds_of(r, packing)
     w = w.to(dtype).expand(shape)
     r, w, k, v = (x.to(dtype).contiguous().flatten(0, 1) for x in (r, w, k, v))
-    u = u.to(dtype).contiguous()
+    u = copied(u, dtype)
     H, N = u.shape
     state = r.new_zeros(len(bounds) - 1, H, N, N) if state is None else state.to(dtype)
     y, final = _WKV6.apply(bounds, *tracked(r, w, k, v, u, state))

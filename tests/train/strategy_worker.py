@@ -47,10 +47,10 @@ def saved_by(strategy: str, strategies: Sequence[str]) -> list[str]:
 
 
 def precisions(strategy: str) -> tuple[str, ...]:
-    """DeepSpeed has no fp16 on a CPU."""
+    """Those beside fp64. DeepSpeed has no fp16 on a CPU, and fp32 everywhere else."""
     if strategy.startswith("deepspeed"):
         return ("bf16",) if strategy in ("deepspeed_stage_2", "deepspeed_stage_3") else ()
-    return ("bf16", "fp16")
+    return ("fp32", "bf16", "fp16")
 
 
 def fine_tunings(strategy: str) -> tuple[str, ...]:
@@ -160,8 +160,9 @@ def fine_tune(kind: str, strategy: str, ranks: Ranks) -> list[list[float]]:
     return train(engine, ranks, range(5))
 
 
-def half_precision(strategy: str, precision: str, ranks: Ranks) -> list[list[float]]:
-    engine = engine_of(tiny_model(), DTYPES[precision], strategy, ranks)
+def lower_precision(strategy: str, precision: str, ranks: Ranks) -> list[list[float]]:
+    """With the back-ends that a user gets."""
+    engine = engine_of(tiny_model(kernel="auto"), DTYPES[precision], strategy, ranks)
     return train(engine, ranks, range(10))
 
 
@@ -206,7 +207,7 @@ def main(folder: Path, strategies: list[str]) -> None:
             for saved in saved_by(strategy, strategies):
                 found[strategy][f"from {saved}"] = go_on(strategy, folder / saved, ranks)
             for precision in precisions(strategy):
-                found[strategy][precision] = half_precision(strategy, precision, ranks)
+                found[strategy][precision] = lower_precision(strategy, precision, ranks)
             if strategy in LEAN:
                 found[strategy]["lean"] = lean(strategy, folder / f"{strategy} lean", ranks)
             for kind in fine_tunings(strategy):

@@ -43,9 +43,9 @@ def tiny_shape() -> ModelShape:
     return ModelShape("x070", 2, 32, VOCAB, 16, 32, 128, ranks)
 
 
-def tiny_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def tiny_model(dtype: torch.dtype = torch.float32, *, kernel: str = "chunked") -> torch.nn.Module:
     """Initial weights, moved a little so that every parameter has a gradient."""
-    model = create(tiny_shape(), kernel="chunked")
+    model = create(tiny_shape(), kernel=kernel)
     initialise(model, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
