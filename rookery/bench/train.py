@@ -17,7 +17,7 @@ from rookery.bench import plain7
 from rookery.bench.live_bytes import LiveBytes
 from rookery.bench.setting import Setting, random_model
 from rookery.bench.timing import alternate, faster, rounded, wait
-from rookery.bench.work import FORMULAS, fastest, multiplications, peak, products_of
+from rookery.bench.work import FORMULAS, fastest, peak, products_of
 from rookery.formats import write_pth
 from rookery.formats.convert import convert
 from rookery.models import RWKV7
@@ -84,23 +84,23 @@ def measure(
     for name in ("rookery", *against):
         results[name], steps[name] = _first_step(partial(BUILDERS[name], setting, batch), setting.device)
     top = peak(setting.device, setting.dtype, given_peak)
-    alone = partial(_products, _factors(setting, batch))
-    alone()
+    matrices = products_of(random_model(setting.shape))
+    alone = partial(_products, _factors(matrices, setting, batch))
     times = alternate(steps | {PRODUCTS_ALONE: alone}, setting.rounds, setting.device)
     products = times.pop(PRODUCTS_ALONE)
-    matrices = multiplications(random_model(setting.shape))
+    multiplied = sum(out * into for _name, out, into in matrices)
     for name, spent in times.items():
         speed = spent.rate(setting.tokens, setting.device)
         results[name] |= {
             "tokens a second": speed,
-            "mfu": {clock: rounded(6 * matrices * rate / top[clock]) for clock, rate in speed.items()},
+            "mfu": {clock: rounded(6 * multiplied * rate / top[clock]) for clock, rate in speed.items()},
             "seconds a step": spent.report(setting.device),
         }
     results["rookery"]["split"] = split(steps["rookery"], setting.device)
     return {
         "setting": setting.report() | {"trained": trained},
         "formulas": FORMULAS,
-        "training FLOP a token": 6 * matrices,
+        "training FLOP a token": 6 * multiplied,
         "peak FLOP a second": {clock: rounded(value) for clock, value in top.items()},
         PRODUCTS_ALONE: products.report(setting.device),
         "times its products": faster(times["rookery"], products, setting.device),
@@ -109,15 +109,17 @@ def measure(
     }
 
 
-def _factors(setting: Setting, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each matrix of the model a weight (out, in), inputs (n, in) and gradients of outputs (n, out), all random."""
+def _factors(
+    matrices: Sequence[tuple[str, int, int]], setting: Setting, batch: Batch
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of each matrix of `products_of` a weight (out, in), inputs (n, in) and gradients of outputs (n, out), random."""
 
     @cache
     def random(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, device=setting.device).to(setting.dtype)
 
     factors = []
-    for name, out, into in products_of(random_model(setting.shape)):
+    for name, out, into in matrices:
         n = batch.trained if name == "head" else setting.tokens
         factors.append((random(out, into), random(n, into), random(n, out)))
     return factors

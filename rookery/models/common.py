@@ -164,7 +164,6 @@ class LanguageModel(nn.Module):
         *,
         lengths: Tensor | None = None,
         trained: int | None = None,
-        l2wrap: bool = True,
     ) -> Tensor | None:
         """`loss` of sequences from their beginning, whose final states nobody asks for, by a program for small models;
         None where there is none that serves, as without `trained`."""

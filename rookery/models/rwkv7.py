@@ -47,7 +47,6 @@ class RWKV7(LanguageModel):
         *,
         lengths: Tensor | None = None,
         trained: int | None = None,
-        l2wrap: bool = True,
     ) -> Tensor | None:
         if self.emb.weight.device.type != "cpu" or trained is None or "loss" in vars(self):
             return None
@@ -60,8 +59,7 @@ class RWKV7(LanguageModel):
         loss7.report(reason)
         if reason is not None:
             return None
-        l2 = L2WRAP if l2wrap else 0.0
-        return wired.program.loss(wired.parameters, tokens, targets, lengths, trained=trained, l2wrap=l2)
+        return wired.program.loss(wired.parameters, tokens, targets, lengths, trained=trained, l2wrap=L2WRAP)
 
 
 class TimeMix(TimeMixing):

@@ -36,7 +36,9 @@ class NoAlias(Compiler):
 def _digest() -> str:
     """Of all sources that compiled code is made of."""
     folder = Path(__file__).parent
-    names = [folder / name for name in ("jit.py", "simd.py", "wkv7_native.py")] + sorted(folder.glob("*_numba.py"))
+    names = [folder / name for name in ("jit.py", "simd.py", "wkv7_native.py", "loss7.py")] + sorted(
+        folder.glob("*_numba.py")
+    )
     return hashlib.sha256(b"".join(name.read_bytes() for name in names)).hexdigest()
 
 

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 
 from rookery.ops import native
 from rookery.ops.backend import Call, tracked
-from rookery.ops.native import array_of
+from rookery.ops.native import array_of, chunks_of
 
 logger = logging.getLogger("rookery.ops")
 
@@ -208,6 +208,7 @@ class Program:
         each part of the sequences."""
         from rookery.ops import loss7_numba as program
         from rookery.ops.jit import share_out, static
+        from rookery.ops.mix7_numba import CHUNK
 
         (L, C, H, *_rest), layout = self.sizes, self._layout
         table = layout.table.copy()
@@ -219,15 +220,16 @@ class Program:
         groups = _groups(lengths, min(TOGETHER, -(-int(bounds[-1]) // threads)))
         parts = _parts(bounds[groups], threads)
         count, longest = len(parts) - 1, np.diff(bounds[groups]).max()
-        chunks = np.add.reduceat(-(-lengths // program.CHUNK), groups[:-1]).max()
-        of_layer, shared = _places(self.sizes, _aligned(int(longest)), _aligned(int(chunks)))
+        chunks = chunks_of(bounds, CHUNK)
+        most_chunks = np.diff(chunks[groups]).max()
+        of_layer, shared = _places(self.sizes, _aligned(int(longest)), _aligned(int(most_chunks)))
         memory = self._room("memory", count * shared.size).view(count, shared.size)
         gradients = torch.zeros(count, layout.gradients if learns else 0, dtype=torch.float32, device="cpu")
         losses = torch.zeros(tokens.numel(), dtype=torch.float32, device="cpu")
         spent, began = np.zeros((count, 8), np.int64), perf_counter()
         share_out(
             program.losses_and_gradients, count,
-            static(C // H), self.sizes, of_layer, shared, layout.at, layout.packed, bounds, groups, parts,
+            static(C // H), self.sizes, of_layer, shared, layout.at, layout.packed, bounds, chunks, groups, parts,
             *(ids.reshape(-1).to(torch.int64).numpy() for ids in (tokens, targets)), array_of(parameters[-1]), weights,
             memory.numpy(), gradients.numpy(), losses.numpy(), spent, learns, l2wrap,
         )  # fmt: skip

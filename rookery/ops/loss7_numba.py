@@ -26,8 +26,9 @@ from rookery.ops.head_loss_numba import MANY, loss_of_row
 from rookery.ops.jit import inner, intrinsic, outer, part
 from rookery.ops.linear_numba import gradient, pack, packed_product
 from rookery.ops.loss7 import KINDS
-from rookery.ops.mix7_numba import CHUNK, backward_of, forward_of, scratch, scratch_back
+from rookery.ops.mix7_numba import backward_of, forward_of, scratch, scratch_back
 from rookery.ops.pointwise_numba import (
+    copy_row,
     gates7_back_of,
     gates7_of,
     shift,
@@ -240,12 +241,6 @@ def add(x, y):
 
 
 @inner
-def copy_row(x, out):
-    for j in range(len(x)):
-        out[j] = x[j]
-
-
-@inner
 def clear(x):
     for j in range(len(x)):
         x[j] = 0
@@ -295,6 +290,13 @@ def low_rank_back(T, C, rank, between, spent, m, x, low, dout, dlow, down, up, b
 def shift_all(bounds, normal, nothing, mixes, out):
     for i in range(len(bounds) - 1):
         shift(bounds[i], bounds[i + 1], normal, nothing, mixes, out)
+
+
+@inner
+def shift_all_back(bounds, normal, nothing, mixes, grads, dnormal, carried, dmixes):
+    for i in range(len(bounds) - 1):
+        clear(carried)
+        shift_back(bounds[i], bounds[i + 1], normal, nothing, mixes, grads, dnormal, carried, dmixes)
 
 
 @part
@@ -365,12 +367,8 @@ def channel_mix_back(T, bounds, l, o, s, b, t, at, packed, nothing, carried, spe
     learn(F, C, T, spent, m, dkey, o + b.mixed2, g, at[FFN_KEY, l])
     times(T, C, F, spent, m, dkey, w + 4 * packed[FFN_KEY, l, AS_STORED], -1, t.one)
     grads = np.array([m + 4 * t.one])
-    for i in range(len(bounds) - 1):
-        clear(carried)
-        shift_back(
-            bounds[i], bounds[i + 1], rows(m, o + b.normal2, T, C), nothing, rows(w, at[FFN_MIX, l], 1, C), grads,
-            rows(m, t.dnormal, T, C), carried, rows(g, at[FFN_MIX, l], 1, C),
-        )  # fmt: skip
+    shift_all_back(bounds, rows(m, o + b.normal2, T, C), nothing, rows(w, at[FFN_MIX, l], 1, C), grads,
+                   rows(m, t.dnormal, T, C), carried, rows(g, at[FFN_MIX, l], 1, C))  # fmt: skip
     normalise_back(rows(m, o + b.x2, T, C), flat(w, at[LN2_WEIGHT, l], C), rows(m, o + b.moments2, T, 2),
                    rows(m, t.dnormal, T, C), rows(m, t.dx, T, C),
                    flat(g, at[LN2_WEIGHT, l], C), flat(g, at[LN2_BIAS, l], C))  # fmt: skip
@@ -430,12 +428,8 @@ def time_mix_back(
                       w + 4 * packed[V1, l, TURNED], w + 4 * packed[V2, l, TURNED],
                       dmixed + MIX_V * row, dmixed + MIX_V * row, g, at[V1, l], at[V2, l])  # fmt: skip
     grads = m + 4 * (dmixed + row * np.arange(6))
-    for i in range(len(bounds) - 1):
-        clear(carried)
-        shift_back(
-            bounds[i], bounds[i + 1], rows(m, o + b.normal, T, C), nothing, rows(w, at[MIXES, l], 6, C), grads,
-            rows(m, t.dnormal, T, C), carried, rows(g, at[MIXES, l], 6, C),
-        )  # fmt: skip
+    shift_all_back(bounds, rows(m, o + b.normal, T, C), nothing, rows(w, at[MIXES, l], 6, C), grads,
+                   rows(m, t.dnormal, T, C), carried, rows(g, at[MIXES, l], 6, C))  # fmt: skip
     normalise_back(rows(m, o + b.x, T, C), flat(w, at[LN1_WEIGHT, l], C), rows(m, o + b.moments, T, 2),
                    rows(m, t.dnormal, T, C), rows(m, t.dx, T, C),
                    flat(g, at[LN1_WEIGHT, l], C), flat(g, at[LN1_BIAS, l], C))  # fmt: skip
@@ -484,8 +478,8 @@ def head(T, s, b, t, at, packed, eps, targets, losses, l2wrap, learns, room, spe
 
 @outer
 def losses_and_gradients(
-    first, last, size, s, b, t, at, packed, bounds, groups, parts, tokens, targets, emb, weights, memory, gradients,
-    losses, times_spent, learns, l2wrap64,
+    first, last, size, s, b, t, at, packed, bounds, chunks, groups, parts, tokens, targets, emb, weights, memory,
+    gradients, losses, times_spent, learns, l2wrap64,
 ):  # fmt: skip
     """A piece of work is a part of the groups of sequences, parts[i] to parts[i + 1] - 1. Those of a group are read
     together, each from its own beginning.
@@ -495,6 +489,7 @@ def losses_and_gradients(
         s, b, t: sizes of the model, places in a part's memory.
         at, packed: as of `loss7.Layout`.
         bounds: sequence i is made of the tokens bounds[i] to bounds[i + 1] - 1.
+        chunks: and of the chunks of the recurrence chunks[i] to chunks[i + 1] - 1.
         groups: group i is made of the sequences groups[i] to groups[i + 1] - 1.
         tokens, targets: of all sequences, one after another; -100 marks a target that is not trained.
         emb: (V, C).
@@ -515,9 +510,7 @@ def losses_and_gradients(
         for i in range(parts[own], parts[own + 1]):
             begin = bounds[groups[i]]
             own_bounds = bounds[groups[i] : groups[i + 1] + 1] - begin
-            chunks = np.zeros(len(own_bounds), np.int64)
-            for n in range(len(chunks) - 1):
-                chunks[n + 1] = chunks[n] - (own_bounds[n] - own_bounds[n + 1]) // CHUNK
+            own_chunks = chunks[groups[i] : groups[i + 1] + 1] - chunks[groups[i]]
             T = own_bounds[-1]
             own_tokens = tokens[begin : begin + T]
             rows_of_emb, moments = rows(m, t.emb, T, C), rows(m, t.moments, T, 2)
@@ -527,7 +520,24 @@ def losses_and_gradients(
             for l in range(s.L):
                 o = l * b.size
                 time_mix(
-                    size, T, own_bounds, chunks, l, o, s, b, t, at, packed, eps, eps_heads, nothing, ahead, spent, w, m
+                    size,
+                    T,
+                    own_bounds,
+                    own_chunks,
+                    l,
+                    o,
+                    s,
+                    b,
+                    t,
+                    at,
+                    packed,
+                    eps,
+                    eps_heads,
+                    nothing,
+                    ahead,
+                    spent,
+                    w,
+                    m,
                 )
                 channel_mix(T, own_bounds, l, o, s, b, at, packed, eps, nothing, spent, w, m)
             head(T, s, b, t, at, packed, eps, targets[begin : begin + T], losses[begin : begin + T], l2wrap, learns,
@@ -538,8 +548,8 @@ def losses_and_gradients(
             for l in range(s.L - 1, -1, -1):
                 o = l * b.size
                 channel_mix_back(T, own_bounds, l, o, s, b, t, at, packed, nothing, carried, spent, w, m, g)
-                time_mix_back(size, T, own_bounds, chunks, l, o, s, b, t, at, packed, eps_heads, nothing, carried, back,
-                              spent, w, m, g)  # fmt: skip
+                time_mix_back(size, T, own_bounds, own_chunks, l, o, s, b, t, at, packed, eps_heads, nothing, carried,
+                              back, spent, w, m, g)  # fmt: skip
             demb = rows(m, t.dnormal, T, C)
             clear(flat(m, t.dnormal, T * C))
             normalise_back(rows_of_emb, ln0, moments, rows(m, t.dx, T, C), demb,

@@ -168,11 +168,11 @@ def token_shift_back(first, last, bounds, x, before, mixes, grads, dx, dbefore, 
     for i in range(first, last):
         carried[:] = 0
         shift_back(bounds[i], bounds[i + 1], x, before[i], mixes, grads, dx, carried, dmixes[i])
-        _copy(carried, dbefore[i])
+        copy_row(carried, dbefore[i])
 
 
 @inner
-def _copy(x, out):
+def copy_row(x, out):
     for j in range(0, _whole(len(x)), len(MANY)):
         write(MANY, out, j, read(MANY, x, j))
     for j in range(_whole(len(x)), len(x)):
